@@ -1,0 +1,174 @@
+"""Load a model from a folder or from the hub, as published or as converted."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from parscale_mlx import checkpoint
+from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
+
+TOKENIZER_FILES = ("tokenizer*", "*token*.json", "*.jinja", "*.txt", "*.tiktoken", "vocab.*")
+
+
+def load(
+    path_or_name: str | Path, *, dtype: mx.Dtype | None = None, revision: str | None = None
+) -> tuple[Model, TokenizerWrapper]:
+    """Load a model and its tokenizer.
+
+    Args:
+        path_or_name: a local folder, published or converted, or a name on the hub.
+        dtype: see ``load_model``.
+        revision: a branch, tag or commit of a hub repository.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``load_model``; or there is no tokenizer.
+    """
+    folder = find_folder(path_or_name, revision=revision)
+    model, config = load_model(folder, dtype=dtype)
+    return model, load_tokenizer(folder, config)
+
+
+def load_model(
+    path_or_name: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    lazy: bool = False,
+    revision: str | None = None,
+) -> tuple[Model, dict]:
+    """Load a model without its tokenizer, from a published Hugging Face folder or a converted one.
+
+    Args:
+        dtype: the type of the weights that are not quantised. By default the stored one on a GPU,
+            and float32 on the CPU, whose kernels for the shorter types are many times slower.
+        lazy: leave the weights on disk until they are used, in the stored type.
+
+    Returns:
+        The model and its ``config.json`` as a dictionary.
+
+    Raises:
+        FileNotFoundError: no such folder, hub repository or file in it.
+        ValueError: what is there is not a model that this package can run; the message names the
+            file and what is wrong with it.
+        ImportError: the weights are PyTorch pickles and PyTorch is not installed.
+    """
+    folder = find_folder(path_or_name, revision=revision)
+    checkpoint.check_files(folder)
+    pickles = checkpoint.pickle_files(folder)
+    try:
+        # model_file would name Python code in the folder for mlx-lm to run.
+        model, config = mlx_lm_utils.load_model(
+            folder,
+            lazy=True,
+            strict=not pickles,
+            model_config={"model_file": None},
+            get_model_classes=model_classes,
+        )
+        if pickles:
+            weights: dict[str, mx.array] = {}
+            for file in pickles:
+                weights |= checkpoint.read_pickle(file)
+            model.load_weights(list(model.sanitize(weights).items()), strict=True)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder}: {_one_line(error)}") from error
+    config.pop("model_file", None)
+    if lazy and dtype is None:
+        return model, config
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = mx.float32
+    if dtype is not None:
+        set_dtype(model, dtype)
+    if not lazy:
+        mx.eval(model.parameters())
+    return model, config
+
+
+def set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast the weights in place, all but packed ones and the 8-bit scales of mxfp4 and its kin."""
+    model.set_dtype(dtype)
+
+
+def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: it cannot be read, or only by running code from the folder.
+    """
+    if not any(folder.glob("tokenizer*")):
+        raise FileNotFoundError(f"{folder}: no tokenizer files (tokenizer.json) in this folder")
+    try:
+        return mlx_lm_utils.load_tokenizer(
+            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+        )
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
+
+
+def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder of a model: the given one, or a hub repository's after downloading it.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    path = Path(path_or_name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(
+            f"{path} is a file; a model is a folder (parscale convert reads GGUF files)"
+        )
+    name = str(path_or_name)
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "model*.safetensors", *TOKENIZER_FILES],
+        )
+        if not checkpoint.safetensors_files(Path(folder)):
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=["pytorch_model*.bin"]
+            )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name}: neither a folder here nor a model on the hub ({_one_line(error)[:120]})"
+        ) from error
+    return Path(folder)
+
+
+def model_classes(config: dict) -> tuple[type[Model], type[ModelArgs]]:
+    """For mlx-lm's loader: our classes, or an error that names the architecture."""
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise ValueError(
+            f"config.json: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}"
+        )
+    return Model, ModelArgs
+
+
+def read_config(folder: Path) -> dict:
+    """A model folder's ``config.json``.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is not a JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json in this folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {_one_line(error)}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return config
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,357 @@
+"""ParScale decoders (arXiv 2505.10475): Qwen2 and Llama with P parallel streams, in MLX.
+
+The P streams of a sequence are folded into the attention heads, so that a batch stays a batch for
+every cache, sampler and server of mlx-lm; their prefixes are the first entries of the KV cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
+from mlx_lm.models.base import (
+    BaseModelArgs,
+    create_attention_mask,
+    scaled_dot_product_attention,
+)
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.rope_utils import initialize_rope
+
+from parscale_mlx.cache import PrefixKVCache, PrefixRotatingKVCache
+
+MODEL_TYPES = ("qwen2", "qwen2_parscale", "llama", "llama_parscale")
+MAX_STREAMS = 64
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """The fields of ``config.json`` that the model reads; names and defaults as Hugging Face has them.
+
+    Raises:
+        ValueError: a value that this model cannot be built from; the message names the field.
+    """
+
+    model_type: str
+    hidden_size: int
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-6
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    max_position_embeddings: int = 32768
+    rope_theta: float = 10000.0
+    rope_traditional: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool | None = None
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+    parscale_n: int = 1
+    parscale_n_tokens: int = 48
+    parscale_attn_smooth: float = 0.01
+
+    def __post_init__(self):
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model_type {self.model_type!r} is not one of {', '.join(MODEL_TYPES)}"
+            )
+        self._read_rope_parameters()
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if self.attention_bias is None:
+            self.attention_bias = self.is_qwen2
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
+        if self.use_sliding_window:
+            raise ValueError("use_sliding_window true is not supported, only full attention")
+        if not isinstance(self.parscale_n, int) or not 1 <= self.parscale_n <= MAX_STREAMS:
+            raise ValueError(f"parscale_n {self.parscale_n!r} is not a number from 1 to 64")
+        if not isinstance(self.parscale_n_tokens, int) or self.parscale_n_tokens < 1:
+            raise ValueError(f"parscale_n_tokens {self.parscale_n_tokens!r} is not at least 1")
+        if not 0 <= self.parscale_attn_smooth <= 1:
+            raise ValueError(
+                f"parscale_attn_smooth {self.parscale_attn_smooth!r} is not from 0 to 1"
+            )
+
+    def _read_rope_parameters(self):
+        # transformers 5 writes rope_theta and rope_scaling as one dictionary.
+        if self.rope_parameters:
+            self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
+            self.rope_scaling = self.rope_scaling or self.rope_parameters
+
+    @property
+    def is_qwen2(self) -> bool:
+        return self.model_type.startswith("qwen2")
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        dim, head_dim = args.hidden_size, args.head_dim
+        self.n_heads = args.num_attention_heads
+        self.n_kv_heads = args.num_key_value_heads
+        self.scale = head_dim**-0.5
+
+        bias = args.attention_bias
+        self.q_proj = nn.Linear(dim, self.n_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
+        # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
+        self.o_proj = nn.Linear(self.n_heads * head_dim, dim, bias=bias and not args.is_qwen2)
+        self.rope = initialize_rope(
+            head_dim,
+            base=args.rope_theta,
+            traditional=args.rope_traditional,
+            scaling_config=args.rope_scaling,
+            max_position_embeddings=args.max_position_embeddings,
+        )
+        if args.parscale_n > 1:
+            shape = (args.parscale_n, self.n_kv_heads, args.parscale_n_tokens, head_dim)
+            self.prefix_k = mx.zeros(shape)
+            self.prefix_v = mx.zeros(shape)
+
+    def prefix(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """The prefix as a past: keys and values, [1, P * kv_heads, prefix_length, head_dim].
+
+        A prefix key takes no rotary embedding. Since that embedding is relative, rotating every
+        one of them by the prefix's length and starting the tokens there gives the same scores.
+        """
+        keys = rotate(self.rope, self.prefix_k, self.prefix_k.shape[2])
+        shape = (1, -1, *self.prefix_k.shape[2:])
+        return keys.reshape(shape).astype(dtype), self.prefix_v.reshape(shape).astype(dtype)
+
+    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
+        B, P, L, _ = x.shape
+
+        # Streams are heads: head p * n_heads + h reads key-value head p * n_kv_heads + h // group.
+        def heads(projected, n):
+            return projected.reshape(B, P, L, n, -1).swapaxes(2, 3).reshape(B, P * n, L, -1)
+
+        queries = heads(self.q_proj(x), self.n_heads)
+        keys = heads(self.k_proj(x), self.n_kv_heads)
+        values = heads(self.v_proj(x), self.n_kv_heads)
+
+        if cache is not None:
+            queries = self.rope(queries, offset=cache.offset)
+            keys = self.rope(keys, offset=cache.offset)
+            keys, values = cache.update_and_fetch(keys, values)
+        elif P > 1:
+            past_keys, past_values = (mx.repeat(a, B, axis=0) for a in self.prefix(keys.dtype))
+            offset = past_keys.shape[2]
+            queries = self.rope(queries, offset=offset)
+            keys = mx.concatenate([past_keys, self.rope(keys, offset=offset)], axis=2)
+            values = mx.concatenate([past_values, values], axis=2)
+        else:
+            queries, keys = self.rope(queries), self.rope(keys)
+
+        out = scaled_dot_product_attention(
+            queries, keys, values, cache=cache, scale=self.scale, mask=mask
+        )
+        out = out.reshape(B, P, self.n_heads, L, -1).swapaxes(2, 3).reshape(B, P, L, -1)
+        return self.o_proj(out)
+
+
+class MLP(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        dim, hidden, bias = args.hidden_size, args.intermediate_size, args.mlp_bias
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.self_attn = Attention(args)
+        self.mlp = MLP(args)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Aggregator(nn.Module):
+    """Weighs the streams of each token (paper section 2.2, equation 3, with label smoothing)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_streams, self.smooth = args.parscale_n, args.parscale_attn_smooth
+        self.fc1 = nn.Linear(args.parscale_n * args.hidden_size, args.hidden_size)
+        self.fc2 = nn.Linear(args.hidden_size, args.parscale_n)
+
+    def weights(self, h: mx.array) -> mx.array:
+        """The streams' weights, float32 [B, L, P], from their hidden states [B, P, L, d]."""
+        x = h.swapaxes(1, 2).flatten(2)
+        logits = self.fc2(nn.silu(self.fc1(x)))
+        weights = mx.softmax(logits.astype(mx.float32), axis=-1)
+        return weights * (1 - self.smooth) + self.smooth / self.n_streams
+
+    def __call__(self, h: mx.array, weights: mx.array) -> mx.array:
+        """The weighted sum of the streams, [B, L, d]."""
+        return (h * weights.swapaxes(1, 2)[..., None]).sum(axis=1).astype(h.dtype)
+
+
+class Decoder(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_streams = args.parscale_n
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [TransformerBlock(args) for _ in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        if args.parscale_n > 1:
+            self.aggregator = Aggregator(args)
+
+    def __call__(self, inputs: mx.array, cache=None, input_embeddings=None) -> mx.array:
+        """The streams' final hidden states, normalised, [B, P, L, d]."""
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        if cache is None:
+            cache = [None] * len(self.layers)
+        elif self.n_streams > 1 and cache[0] is not None and cache[0].empty():
+            raise ValueError(
+                "an empty KV cache holds no prefix; make it with model.make_cache() "
+                "(mlx-lm: make_prompt_cache(model))"
+            )
+        mask = create_attention_mask(h, cache[0])
+        B, L, d = h.shape
+        h = mx.broadcast_to(h[:, None], (B, self.n_streams, L, d))
+        for layer, c in zip(self.layers, cache, strict=True):
+            h = layer(h, mask, c)
+        return self.norm(h)
+
+
+class Model(nn.Module):
+    """A causal language model that follows mlx-lm's model protocol."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = Decoder(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, inputs: mx.array, cache=None, input_embeddings=None) -> mx.array:
+        """Logits [B, L, vocab] for token ids [B, L], the caches (if any) updated in place.
+
+        Raises:
+            ValueError: ``cache`` was not made by ``make_cache`` and so lacks the prefix.
+        """
+        return self.logits_and_weights(inputs, cache, input_embeddings)[0]
+
+    def aggregation_weights(self, inputs: mx.array, cache=None) -> mx.array:
+        """How much each stream counts for each token: float32 [B, L, P], rows that sum to 1."""
+        return self.logits_and_weights(inputs, cache)[1]
+
+    def logits_and_weights(
+        self, inputs: mx.array, cache=None, input_embeddings=None
+    ) -> tuple[mx.array, mx.array]:
+        """Logits [B, L, vocab] and the streams' weights, float32 [B, L, P], of one forward pass."""
+        h = self.model(inputs, cache, input_embeddings)
+        if self.args.parscale_n > 1:
+            weights = self.model.aggregator.weights(h)
+            h = self.model.aggregator(h, weights)
+        else:
+            weights = mx.ones((h.shape[0], h.shape[2], 1))
+            h = h[:, 0]
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h), weights
+        return self.lm_head(h), weights
+
+    @property
+    def layers(self):
+        return self.model.layers
+
+    def make_cache(self, max_kv_size: int | None = None) -> list:
+        """Fresh KV caches, one a layer, that hold the prefix.
+
+        Args:
+            max_kv_size: keep only about this many tokens (besides the prefix) in a rotating cache.
+
+        Raises:
+            ValueError: ``max_kv_size`` leaves no room beside the four first tokens it always keeps.
+        """
+        if max_kv_size is not None and max_kv_size <= 4:
+            raise ValueError(f"max_kv_size {max_kv_size} is too small: it must be at least 5")
+        # The norms are never quantised: their type is that of the activations.
+        dtype = self.model.norm.weight.dtype
+        caches: list = []
+        for layer in self.layers:
+            if self.args.parscale_n == 1:
+                caches.append(
+                    KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, keep=4)
+                )
+            elif max_kv_size is None:
+                caches.append(PrefixKVCache(*layer.self_attn.prefix(dtype)))
+            else:
+                prefix = layer.self_attn.prefix(dtype)
+                caches.append(PrefixRotatingKVCache(*prefix, max_size=max_kv_size))
+        return caches
+
+    @property
+    def quant_predicate(self):
+        """For mlx-lm's ``quantize_model``: the aggregator keeps its precision, as the prefixes do."""
+        return lambda path, module: "aggregator" not in path
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Published tensor names and layouts to this model's; its own pass unchanged.
+
+        Raises:
+            ValueError: a prefix whose shape contradicts ``parscale_n`` or ``parscale_n_tokens``.
+        """
+        renamed = {}
+        for name, value in weights.items():
+            if name.endswith(("prefix_k", "prefix_v")):
+                self._check_prefix(name, value.shape)
+            if name == "model.aggregate_layer.0.weight":
+                # Published columns run (hidden, stream); a concatenation of the streams runs
+                # (stream, hidden).
+                d, streams = value.shape[0], self.args.parscale_n
+                value = value.reshape(d, -1, streams).swapaxes(1, 2).reshape(d, -1)
+            renamed[
+                name.replace("aggregate_layer.0", "aggregator.fc1").replace(
+                    "aggregate_layer.2", "aggregator.fc2"
+                )
+            ] = value
+        if self.args.tie_word_embeddings:
+            renamed.pop("lm_head.weight", None)
+        return {k: v for k, v in renamed.items() if not k.endswith("rotary_emb.inv_freq")}
+
+    def _check_prefix(self, name: str, shape: tuple[int, ...]):
+        streams, tokens = self.args.parscale_n, self.args.parscale_n_tokens
+        if streams == 1:
+            raise ValueError(f"config.json says parscale_n 1, but the weights hold {name}")
+        if shape[0] != streams:
+            raise ValueError(
+                f"config.json says parscale_n {streams}, but {name} holds {shape[0]} streams"
+            )
+        if shape[2:3] != (tokens,):
+            raise ValueError(
+                f"config.json says parscale_n_tokens {tokens}, but {name} has shape {list(shape)}"
+            )
+
+
+def rotate(rope, x: mx.array, position: int) -> mx.array:
+    """Rotate every vector of ``x`` [..., head_dim] by one position, without the embedding's scale.
+
+    Some ``rope_scaling`` types also scale what they rotate (YaRN, LongRoPE). At position 0 the
+    rotation is the identity, so what is left there is that scale.
+    """
+    head_dim = x.shape[-1]
+    scale = rope(mx.ones((1, 1, 1, head_dim), x.dtype), offset=0)
+    return (rope(x.reshape(-1, 1, 1, head_dim), offset=position) / scale).reshape(x.shape)
