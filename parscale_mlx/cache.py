@@ -6,6 +6,9 @@ first token, by a rotating cache that forgets its oldest entries, or by a merge 
 that keeps no entries. These classes close those three doors.
 """
 
+# mlx-lm's caches carry no types, and each of these gives its attributes another one.
+# mypy: disable-error-code="misc,attr-defined,has-type,assignment"
+
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -58,10 +58,12 @@ def load_model(
         ImportError: the weights are PyTorch pickles and PyTorch is not installed.
     """
     folder = find_folder(path_or_name, revision=revision)
+    read_config(folder)
     checkpoint.check_files(folder)
     pickles = checkpoint.pickle_files(folder)
     try:
         # model_file would name Python code in the folder for mlx-lm to run.
+        model: Any
         model, config = mlx_lm_utils.load_model(
             folder,
             lazy=True,
@@ -82,15 +84,10 @@ def load_model(
     if dtype is None and mx.default_device() == mx.cpu:
         dtype = mx.float32
     if dtype is not None:
-        set_dtype(model, dtype)
+        model.set_dtype(dtype)
     if not lazy:
         mx.eval(model.parameters())
     return model, config
-
-
-def set_dtype(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Cast the weights in place, all but packed ones and the 8-bit scales of mxfp4 and its kin."""
-    model.set_dtype(dtype)
 
 
 def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:

@@ -26,7 +26,7 @@ MAX_STREAMS = 64
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """The fields of ``config.json`` that the model reads; names and defaults as Hugging Face has them.
+    """The fields of ``config.json`` that the model reads, named and defaulted as on the hub.
 
     Raises:
         ValueError: a value that this model cannot be built from; the message names the field.
@@ -39,8 +39,8 @@ class ModelArgs(BaseModelArgs):
     num_attention_heads: int
     vocab_size: int
     rms_norm_eps: float = 1e-6
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
     rope_traditional: bool = False
@@ -68,8 +68,6 @@ class ModelArgs(BaseModelArgs):
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.attention_bias is None:
-            self.attention_bias = self.is_qwen2
         if self.hidden_act != "silu":
             raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
         if self.use_sliding_window:
@@ -93,6 +91,15 @@ class ModelArgs(BaseModelArgs):
     def is_qwen2(self) -> bool:
         return self.model_type.startswith("qwen2")
 
+    @property
+    def qkv_bias(self) -> bool:
+        return self.is_qwen2 if self.attention_bias is None else self.attention_bias
+
+    @property
+    def output_bias(self) -> bool:
+        # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
+        return self.qkv_bias and not self.is_qwen2
+
 
 class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
@@ -102,12 +109,11 @@ class Attention(nn.Module):
         self.n_kv_heads = args.num_key_value_heads
         self.scale = head_dim**-0.5
 
-        bias = args.attention_bias
+        bias = args.qkv_bias
         self.q_proj = nn.Linear(dim, self.n_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
-        # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
-        self.o_proj = nn.Linear(self.n_heads * head_dim, dim, bias=bias and not args.is_qwen2)
+        self.o_proj = nn.Linear(self.n_heads * head_dim, dim, bias=args.output_bias)
         self.rope = initialize_rope(
             head_dim,
             base=args.rope_theta,
@@ -288,24 +294,20 @@ class Model(nn.Module):
         """
         if max_kv_size is not None and max_kv_size <= 4:
             raise ValueError(f"max_kv_size {max_kv_size} is too small: it must be at least 5")
+        if self.args.parscale_n == 1:
+            return [
+                KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, keep=4)
+                for _ in self.layers
+            ]
         # The norms are never quantised: their type is that of the activations.
-        dtype = self.model.norm.weight.dtype
-        caches: list = []
-        for layer in self.layers:
-            if self.args.parscale_n == 1:
-                caches.append(
-                    KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, keep=4)
-                )
-            elif max_kv_size is None:
-                caches.append(PrefixKVCache(*layer.self_attn.prefix(dtype)))
-            else:
-                prefix = layer.self_attn.prefix(dtype)
-                caches.append(PrefixRotatingKVCache(*prefix, max_size=max_kv_size))
-        return caches
+        prefixes = [layer.self_attn.prefix(self.model.norm.weight.dtype) for layer in self.layers]
+        if max_kv_size is None:
+            return [PrefixKVCache(keys, values) for keys, values in prefixes]
+        return [PrefixRotatingKVCache(keys, values, max_kv_size) for keys, values in prefixes]
 
     @property
     def quant_predicate(self):
-        """For mlx-lm's ``quantize_model``: the aggregator keeps its precision, as the prefixes do."""
+        """For mlx-lm's ``quantize_model``: the aggregator keeps its precision, as prefixes do."""
         return lambda path, module: "aggregator" not in path
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
