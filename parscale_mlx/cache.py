@@ -102,7 +102,8 @@ class PrefixRotatingKVCache(_PinnedPrefix, RotatingKVCache):
         if N == 1 or window_size is not None or held + N <= self.max_size:
             return super().make_mask(N, window_size=window_size, return_array=return_array)
         window = create_causal_mask(N, held, window_size=self.max_size - self.keep)
-        return window | (mx.arange(held + N) < self.keep)
+        kept = mx.arange(held + N) < self.keep
+        return window | (kept & create_causal_mask(N, held))
 
     @classmethod
     def merge(cls, caches):
