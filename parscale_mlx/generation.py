@@ -6,11 +6,11 @@ mlx-lm ignores ``max_kv_size``. Here it makes a rotating cache that keeps the pr
 
 from collections.abc import Iterator
 
+from parscale_mlx.model import Model
+
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import BatchResponse, GenerationResponse
-
-from parscale_mlx.model import Model
 
 
 def stream_generate(

@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from parscale_mlx import checkpoint
+from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
+
 import mlx.core as mx
+import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from parscale_mlx import checkpoint
-from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
 
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "*.jinja", "*.txt", "*.tiktoken", "vocab.*")
 
@@ -99,12 +100,17 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
     """
     if not any(folder.glob("tokenizer*")):
         raise FileNotFoundError(f"{folder}: no tokenizer files (tokenizer.json) in this folder")
+    # transformers warns of every model_type it has no class for; only its tokenizer is wanted here.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     try:
         return mlx_lm_utils.load_tokenizer(
             folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
         )
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
         raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:

@@ -7,6 +7,8 @@ every cache, sampler and server of mlx-lm; their prefixes are the first entries 
 from dataclasses import dataclass
 from typing import Any
 
+from parscale_mlx.cache import PrefixKVCache, PrefixRotatingKVCache
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
@@ -17,8 +19,6 @@ from mlx_lm.models.base import (
 )
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import initialize_rope
-
-from parscale_mlx.cache import PrefixKVCache, PrefixRotatingKVCache
 
 MODEL_TYPES = ("qwen2", "qwen2_parscale", "llama", "llama_parscale")
 MAX_STREAMS = 64

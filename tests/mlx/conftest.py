@@ -5,7 +5,7 @@ from pathlib import Path
 
 import parscale_mlx
 
-import mlx.core as mx  # isort: skip
+import mlx.core as mx
 import pytest
 
 GOLDEN = Path(__file__).parent.parent / "golden"

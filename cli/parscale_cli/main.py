@@ -1,0 +1,41 @@
+"""The ``parscale`` command. Each subcommand imports MLX or onnxruntime only when it runs."""
+
+import errno
+import os
+
+import click
+
+from parscale_cli.chat import chat
+from parscale_cli.convert import convert
+from parscale_cli.doctor import doctor
+from parscale_cli.export_onnx import export_onnx
+from parscale_cli.generate import generate
+from parscale_cli.verify import verify
+
+DEBUG = "PARSCALE_DEBUG"
+
+
+class _OneLineErrors(click.Group):
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+            # A closed pipe and Click's own control flow are Click's to handle.
+            if isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
+                raise
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
+            if os.environ.get(DEBUG):
+                raise
+            text = " ".join(str(error).split()) or type(error).__name__
+            raise click.ClickException(text) from error
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="parscale")
+def cli():
+    """Run ParScale language models with MLX, convert them, and export them to ONNX."""
+
+
+for command in (generate, chat, convert, export_onnx, verify, doctor):
+    cli.add_command(command)

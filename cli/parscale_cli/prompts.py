@@ -1,0 +1,69 @@
+"""From what the user gave to token ids."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+Messages = list[dict[str, str]]
+
+
+def read_prompts(texts: tuple[str, ...], file: Path | None) -> list[str | Messages]:
+    """The prompts of ``--prompt`` ("-" is standard input) and of a JSON-lines file.
+
+    A line of the file is a string, {"prompt": text} or {"messages": [{"role", "content"}, ...]}.
+
+    Raises:
+        click.UsageError: there is none, one is empty, or standard input is asked for twice.
+        ValueError: a line of the file is none of those; the message names file and line.
+    """
+    if texts.count("-") > 1:
+        raise click.UsageError("--prompt - reads standard input, which can be read only once")
+    prompts: list[str | Messages] = [sys.stdin.read() if t == "-" else t for t in texts]
+    if file is not None:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        prompts += [_read_line(file, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise click.UsageError("give --prompt TEXT, --prompt - or --prompts-file FILE")
+    if any(not prompt or prompt == "\n" for prompt in prompts):
+        raise click.UsageError("a prompt is empty")
+    return prompts
+
+
+def encode(
+    tokenizer, prompt: str | Messages, *, system: str | None, use_template: bool
+) -> list[int]:
+    """Token ids of a prompt, through the model's chat template where it has one.
+
+    Raises:
+        ValueError: a system prompt or messages, but no chat template to put them in.
+    """
+    if not use_template or not tokenizer.chat_template:
+        if system is not None or not isinstance(prompt, str):
+            raise ValueError(
+                "system prompts and messages need a chat template, which this model lacks"
+            )
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _read_line(file: Path, number: int, line: str) -> str | Messages:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}: not JSON") from error
+    if isinstance(value, dict):
+        value = value.get("prompt", value.get("messages"))
+    is_messages = isinstance(value, list) and all(
+        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
+    )
+    if isinstance(value, str) or is_messages:
+        return value
+    raise ValueError(
+        f'{file}, line {number}: neither a string nor {{"prompt": ...}} nor {{"messages": [...]}}'
+    )

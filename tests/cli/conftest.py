@@ -1,0 +1,70 @@
+"""A tiny model folder with a tokenizer, and the command line run as a user would."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def write_tokenizer(folder: Path, *, template: bool = True) -> None:
+    """A byte-level tokenizer of 320 tokens: 256 bytes, the rest made-up words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<unk>", "<s>", "</s>", *alphabet, *(f"word{n}" for n in range(61))]
+    tokenizer = Tokenizer(models.BPE({w: n for n, w in enumerate(words)}, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "chat_template": TEMPLATE if template else None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    """Golden case p4 with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "p4"
+    shutil.copytree(GOLDEN / "p4", folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_model(tmp_path_factory) -> Path:
+    """Golden case p1 with a tokenizer, without a chat template."""
+    folder = tmp_path_factory.mktemp("models") / "p1"
+    shutil.copytree(GOLDEN / "p1", folder)
+    write_tokenizer(folder, template=False)
+    return folder
+
+
+@pytest.fixture
+def parscale():
+    """Run ``parscale`` with arguments; ``exit_code``, ``stdout`` and ``stderr`` of what it did."""
+    from parscale_cli.main import cli
+
+    def run(*arguments, input=None) -> Result:
+        return CliRunner().invoke(cli, [str(a) for a in arguments], input=input)
+
+    return run
+
+
+def error_line(result: Result) -> str:
+    """The one line of an error: nothing else on stderr but Click's usage, no traceback."""
+    assert result.exit_code != 0
+    assert "Traceback" not in result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
