@@ -55,10 +55,11 @@ class StopStrings:
     def push(self, text: str) -> str:
         """Add text; return what of it, and of what was held back, comes before any stop string."""
         text = self.held + text
-        ends = [end for end in (text.find(s) for s in self.strings) if end >= 0]
-        if ends:
+        matches = [(start + len(s), start) for s in self.strings if (start := text.find(s)) >= 0]
+        if matches:
+            # The one that is complete first, so that how the text is cut does not matter.
             self.found, self.held = True, ""
-            return text[: min(ends)]
+            return text[: min(matches)[1]]
         keep = max((_overlap(text, s) for s in self.strings), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

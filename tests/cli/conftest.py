@@ -15,21 +15,32 @@ TEMPLATE = (
 )
 
 
-def write_tokenizer(folder: Path, *, template: bool = True) -> None:
-    """A byte-level tokenizer of 320 tokens: 256 bytes, the rest made-up words."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ["<unk>", "<s>", "</s>", *alphabet, *(f"word{n}" for n in range(61))]
-    tokenizer = Tokenizer(models.BPE({w: n for n, w in enumerate(words)}, [], unk_token="<unk>"))
+def write_tokenizer(folder: Path, *, template: bool = True, size: int = 320) -> None:
+    """A tokenizer of ASCII's characters and made-up words, so that any tokens make a text.
+
+    The end of text is the last word, which the tiny models hardly ever say.
+    """
+    tokens = ["<unk>", "<s>", "</s>", "Ċ", "Ġ", *map(chr, range(33, 127))]
+    tokens += [f"word{n}" for n in range(len(tokens), size)]
+    vocabulary = {token: n for n, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
-        "eos_token": "</s>",
+        "eos_token": tokens[-1],
         "chat_template": TEMPLATE if template else None,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    set_eos(folder, len(tokens) - 1)
+
+
+def set_eos(folder: Path, token: int) -> None:
+    """Say in config.json which token ends a text."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": token}))
 
 
 @pytest.fixture(scope="session")
