@@ -1,0 +1,390 @@
+"""Convert a checkpoint to an MLX folder: types, quantisation, streams for a model without them."""
+
+import io
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+from parscale_mlx import checkpoint, gguf, graft, hub
+from parscale_mlx.load import (
+    TOKENIZER_FILES,
+    find_folder,
+    load_model,
+    load_tokenizer,
+    model_classes,
+    read_config,
+)
+from parscale_mlx.model import Model, ModelArgs
+from parscale_mlx.model_card import write_card
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import get_total_parameters, make_shards, quantize_model, save_config
+from tqdm import tqdm
+
+DTYPES = ("float32", "float16", "bfloat16")
+QUANTIZATION_MODES = {  # mode: its default group size and bits
+    "affine": (64, 4),
+    "mxfp4": (32, 4),
+    "nvfp4": (16, 4),
+    "mxfp8": (32, 8),
+}
+SHARD_GB = 2
+
+
+@dataclass
+class Conversion:
+    """What came of a conversion, or what would (``dry_run``)."""
+
+    output: str
+    parameters: int
+    bytes: int
+    bits_per_weight: float
+    dtype: str
+    quantization: dict | None
+    streams: int
+    prefix_tokens: int
+    base_perplexity: float | None = None
+    perplexity: float | None = None
+    uploaded_to: str | None = None
+
+
+@dataclass
+class Source:
+    """A checkpoint on this machine: a folder, or one GGUF file."""
+
+    path: Path
+    is_gguf: bool
+    hub_name: str | None
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    quantize_all: bool = False,
+    streams: int | None = None,
+    prefix_tokens: int = 48,
+    text: str | None = None,
+    revision: str | None = None,
+    upload_repo: str | None = None,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Convert a checkpoint to an MLX folder that this package and mlx-lm's tools read.
+
+    Args:
+        source: a folder of safetensors or of PyTorch pickles, a GGUF file, or a name on the hub.
+        output: the folder to write. It appears whole or not at all.
+        dtype: float32, float16 or bfloat16, for what is not quantised; by default the stored type.
+        quantize: quantise all but the prefixes and the aggregator.
+        q_bits, q_group_size, q_mode: as ``mlx.core.quantize``; by default what suits the mode.
+        quantize_all: quantise the aggregator too.
+        streams: graft this many streams onto a plain model.
+        prefix_tokens: the length of the grafted prefixes.
+        text: what the grafted prefixes are made from; by default English that comes with Python.
+        revision: a branch, tag or commit of a hub repository.
+        upload_repo: a hub repository to upload the result to.
+        dry_run: check all that can be checked without computing; write nothing.
+        force: replace ``output`` if it is a model folder.
+        progress: show progress bars on standard error where that is a terminal.
+
+    Raises:
+        FileExistsError: ``output`` exists.
+        FileNotFoundError: there is no such source, or it lacks a file that is needed.
+        ImportError: the source is a PyTorch pickle and PyTorch is not installed.
+        OSError: the disk is full, or the hub does not take the upload.
+        ValueError: the source is wrong or an option does not suit it; the message says which.
+    """
+    output = Path(output).expanduser()
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    cast = getattr(mx, dtype) if dtype else None
+    quantization = check_quantization(q_bits, q_group_size, q_mode) if quantize else None
+    if upload_repo and not dry_run:
+        hub.check_login(upload_repo)
+    found = find_source(source, revision)
+    _check_output(output, found, force)
+    if dry_run:
+        model, config = _outline(found, cast)
+        if streams is not None:
+            model, config = _graft_blank(model, config, streams, prefix_tokens)
+        if quantization is not None:
+            model, config = _quantize(found, model, config, quantization, quantize_all)
+        return _describe(output, model, config)
+    with _working_folder(output) as work, _naming(found, work / "source"):
+        folder = _stage(found, work / "source", cast, progress)
+        model, config = load_model(folder, lazy=True, dtype=cast)
+        perplexities = None
+        if streams is not None:
+            sizes = dict(streams=streams, prefix_tokens=prefix_tokens)
+            config, perplexities = _graft(folder, model, config, text, progress, **sizes)
+        if quantization is not None:
+            model, config = _quantize(found, model, config, quantization, quantize_all)
+        result = _describe(output, model, config, perplexities)
+        _write(work / "model", model, config, progress)
+        _copy_files(folder, work / "model")
+        name = upload_repo or output.name
+        write_card(work / "model", name=name, origin=found.path, hub_name=found.hub_name)
+        _place(work / "model", output, work / "replaced", force)
+    if upload_repo:
+        result.uploaded_to = hub.upload(output, upload_repo)
+    return result
+
+
+def check_quantization(bits: int | None, group_size: int | None, mode: str) -> dict:
+    """The three parameters of a quantisation, with the mode's defaults for those left out.
+
+    Raises:
+        ValueError: MLX has no such mode, or not with these bits and this group size.
+    """
+    if mode not in QUANTIZATION_MODES:
+        raise ValueError(f"mode {mode!r} is not one of {', '.join(QUANTIZATION_MODES)}")
+    usual_group_size, usual_bits = QUANTIZATION_MODES[mode]
+    group_size, bits = group_size or usual_group_size, bits or usual_bits
+    try:
+        mx.quantize(mx.zeros((1, 512)), group_size, bits, mode=mode)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix("[quantize] ")) from error
+    return {"group_size": group_size, "bits": bits, "mode": mode}
+
+
+def find_source(source: str | Path, revision: str | None = None) -> Source:
+    """The checkpoint that a path or a hub name means, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: it is neither a path nor a name on the hub.
+        ValueError: it is a file of another kind, or a folder of several GGUF files.
+    """
+    path = Path(source).expanduser()
+    if file := gguf.find_gguf(path):
+        return Source(file, is_gguf=True, hub_name=None)
+    hub_name = None if path.exists() else str(source)
+    return Source(find_folder(source, revision=revision), is_gguf=False, hub_name=hub_name)
+
+
+def _check_output(output: Path, source: Source, force: bool) -> None:
+    if not output.exists():
+        return
+    if not force:
+        raise FileExistsError(f"{output} exists already (--force replaces it)")
+    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
+        raise FileExistsError(f"{output} is not a model folder; --force replaces only those")
+    if source.path.resolve().is_relative_to(output.resolve()):
+        raise ValueError(f"{output} holds the source; it cannot be replaced by what comes of it")
+
+
+@contextmanager
+def _working_folder(output: Path) -> Iterator[Path]:
+    # On the disk of the output, so that the result only has to be renamed.
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as work:
+        yield Path(work)
+
+
+@contextmanager
+def _naming(source: Source, staged: Path) -> Iterator[None]:
+    # The user knows nothing of the folder that a pickle or a GGUF file was unpacked into.
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        if str(staged) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(staged), str(source.path))) from error
+
+
+def _stage(source: Source, staged: Path, dtype: mx.Dtype | None, progress: bool) -> Path:
+    """A folder whose weights are safetensors, which MLX can leave on disk until they are used."""
+    if source.is_gguf:
+        size = sum(a.nbytes for a in gguf.outline(source.path, dtype)[1].values())
+        with _bar("Reading", size, "B", progress) as bar:
+            gguf.unpack_gguf(source.path, staged, dtype=dtype, on_bytes=bar.update)
+        return staged
+    read_config(source.path)
+    checkpoint.check_files(source.path)
+    pickles = checkpoint.pickle_files(source.path)
+    if not pickles:
+        return source.path
+    staged.mkdir()
+    shutil.copyfile(source.path / "config.json", staged / "config.json")
+    _copy_files(source.path, staged)
+    with _bar("Reading", len(pickles), "file", progress) as bar:
+        for n, file in enumerate(pickles):
+            weights = checkpoint.read_pickle(file)
+            mx.save_safetensors(str(staged / f"model-{n:05d}.safetensors"), weights)
+            bar.update()
+    return staged
+
+
+def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict]:
+    """The model with weights that are not read, or are only zeros of their shapes."""
+    pickles = [] if source.is_gguf else checkpoint.pickle_files(source.path)
+    if not source.is_gguf and not pickles:
+        return load_model(source.path, lazy=True, dtype=dtype)
+    if source.is_gguf:
+        config, weights = gguf.outline(source.path, dtype)
+    else:
+        config, weights = read_config(source.path), {}
+        checkpoint.check_files(source.path)
+        for file in pickles:
+            tensors = checkpoint.read_pickle(file)
+            weights |= {name: mx.zeros(a.shape, dtype or a.dtype) for name, a in tensors.items()}
+    try:
+        model_class, args_class = model_classes(config)
+        model = model_class(args_class.from_dict(config))
+        model.load_weights(list(model.sanitize(weights).items()), strict=True)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{source.path}: {' '.join(str(error).split())[:300]}") from error
+    return model, config
+
+
+def _graft(
+    folder: Path, model: Model, config: dict, text: str | None, progress: bool, **sizes: int
+) -> tuple[dict, tuple[float, float]]:
+    """Graft streams onto ``model``; its new configuration, and the perplexity before and after."""
+    config = graft.grafted_config(config, **sizes)
+    tokenizer = load_tokenizer(folder, config)
+    pieces = graft.cut_pieces(tokenizer, text or graft.default_text(), **sizes)
+    # The model to be written stays on disk, in its own type; this one is there to compute.
+    runner, _ = load_model(folder)
+    with _bar("Grafting", 2 * len(pieces.held_out), "window", progress) as bar:
+        before = graft.perplexity(runner, pieces.held_out, bar.update)
+        prefixes = graft.make_prefixes(runner, pieces.prefixes)
+        graft.graft(runner, config, prefixes)
+        after = graft.perplexity(runner, pieces.held_out, bar.update)
+    graft.graft(model, config, prefixes)
+    return config, (before, after)
+
+
+def _graft_blank(
+    model: Model, config: dict, streams: int, prefix_tokens: int
+) -> tuple[Model, dict]:
+    config = graft.grafted_config(config, streams=streams, prefix_tokens=prefix_tokens)
+    args = ModelArgs.from_dict(config)
+    zeros = mx.zeros((streams, args.num_key_value_heads, prefix_tokens, args.head_dim))
+    graft.graft(model, config, [(zeros, zeros)] * args.num_hidden_layers)
+    return model, config
+
+
+def _quantize(
+    source: Source, model: Model, config: dict, quantization: dict, everything: bool
+) -> tuple[Model, dict]:
+    if "quantization" in config or "quantization_config" in config:
+        raise ValueError(f"{source.path}: quantised already")
+    with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
+        _, config = quantize_model(  # in place
+            model,
+            config,
+            quantization["group_size"],
+            quantization["bits"],
+            mode=quantization["mode"],
+            quant_predicate=(lambda path, module: True) if everything else None,
+        )
+    if not any(hasattr(module, "bits") for module in model.modules()):
+        raise ValueError(
+            f"{source.path}: no weight has rows that groups of {quantization['group_size']} divide"
+        )
+    return model, config
+
+
+def _describe(
+    output: Path, model: Model, config: dict, perplexities: tuple[float, float] | None = None
+) -> Conversion:
+    weights = dict(tree_flatten(model.parameters()))
+    prefixes = [a for name, a in weights.items() if name.endswith(("prefix_k", "prefix_v"))]
+    # mlx-lm counts the parameters of layers; the prefixes belong to none.
+    parameters = get_total_parameters(model) + sum(a.size for a in prefixes)
+    size = sum(a.nbytes for a in weights.values())
+    before, after = perplexities or (None, None)
+    return Conversion(
+        output=str(output),
+        parameters=parameters,
+        bytes=size,
+        bits_per_weight=size * 8 / parameters,
+        dtype=_dtype_name(model),
+        quantization=config.get("quantization"),
+        streams=model.args.parscale_n,
+        prefix_tokens=model.args.parscale_n_tokens if prefixes else 0,
+        base_perplexity=before,
+        perplexity=after,
+    )
+
+
+def _dtype_name(model: Model) -> str:
+    return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+
+
+def _write(folder: Path, model: Model, config: dict, progress: bool) -> None:
+    """Write configuration and weights as mlx-lm's ``save`` does, a tensor at a time.
+
+    The model's own references to its weights are dropped, so that a weight can leave the memory as
+    soon as its shard is written.
+    """
+    folder.mkdir()
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(model)
+    save_config(config, folder / "config.json")
+    weights = dict(tree_flatten(model.parameters()))
+    size = sum(a.nbytes for a in weights.values())
+    shards = make_shards(weights, SHARD_GB)
+    metadata = {"total_size": size, "total_parameters": get_total_parameters(model)}
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    weights.clear()
+    weight_map: dict[str, str] = {}
+    count = len(shards)
+    with _bar("Writing", size, "B", progress) as bar:
+        for n in range(1, count + 1):
+            name = (
+                "model.safetensors" if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors"
+            )
+            shard = shards.pop(0)
+            for tensor in shard.values():
+                mx.eval(tensor)
+                bar.update(tensor.nbytes)
+            mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
+            weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+
+def _copy_files(origin: Path, folder: Path) -> None:
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+        for file in origin.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _place(new: Path, output: Path, replaced: Path, force: bool) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.exists():
+        if not force:
+            raise FileExistsError(f"{output} was made by another process meanwhile")
+        output.rename(replaced)
+    try:
+        new.rename(output)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
+
+
+def _bar(description: str, total: int, unit: str, progress: bool) -> tqdm:
+    # None: where standard error is a terminal.
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=None if progress else True,
+        leave=False,
+    )

