@@ -153,7 +153,7 @@ def check_quantization(bits: int | None, group_size: int | None, mode: str) -> d
     usual_group_size, usual_bits = QUANTIZATION_MODES[mode]
     group_size, bits = group_size or usual_group_size, bits or usual_bits
     try:
-        mx.quantize(mx.zeros((1, 512)), group_size, bits, mode=mode)
+        mx.quantize(mx.zeros((1, 16 * group_size)), group_size, bits, mode=mode)
     except ValueError as error:
         raise ValueError(str(error).removeprefix("[quantize] ")) from error
     return {"group_size": group_size, "bits": bits, "mode": mode}
@@ -206,9 +206,10 @@ def _naming(source: Source, staged: Path) -> Iterator[None]:
 def _stage(source: Source, staged: Path, dtype: mx.Dtype | None, progress: bool) -> Path:
     """A folder whose weights are safetensors, which MLX can leave on disk until they are used."""
     if source.is_gguf:
-        size = sum(a.nbytes for a in gguf.outline(source.path, dtype)[1].values())
+        file = gguf.open_gguf(source.path)
+        size = sum(a.nbytes for a in gguf.outline(file, dtype).values())
         with _bar("Reading", size, "B", progress) as bar:
-            gguf.unpack_gguf(source.path, staged, dtype=dtype, on_bytes=bar.update)
+            gguf.unpack_gguf(file, staged, dtype=dtype, on_bytes=bar.update)
         return staged
     read_config(source.path)
     checkpoint.check_files(source.path)
@@ -219,8 +220,8 @@ def _stage(source: Source, staged: Path, dtype: mx.Dtype | None, progress: bool)
     shutil.copyfile(source.path / "config.json", staged / "config.json")
     _copy_files(source.path, staged)
     with _bar("Reading", len(pickles), "file", progress) as bar:
-        for n, file in enumerate(pickles):
-            weights = checkpoint.read_pickle(file)
+        for n, pickle in enumerate(pickles):
+            weights = checkpoint.read_pickle(pickle)
             mx.save_safetensors(str(staged / f"model-{n:05d}.safetensors"), weights)
             bar.update()
     return staged
@@ -232,12 +233,13 @@ def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict]:
     if not source.is_gguf and not pickles:
         return load_model(source.path, lazy=True, dtype=dtype)
     if source.is_gguf:
-        config, weights = gguf.outline(source.path, dtype)
+        file = gguf.open_gguf(source.path)
+        config, weights = gguf.read_config(file), gguf.outline(file, dtype)
     else:
         config, weights = read_config(source.path), {}
         checkpoint.check_files(source.path)
-        for file in pickles:
-            tensors = checkpoint.read_pickle(file)
+        for pickle in pickles:
+            tensors = checkpoint.read_pickle(pickle)
             weights |= {name: mx.zeros(a.shape, dtype or a.dtype) for name, a in tensors.items()}
     try:
         model_class, args_class = model_classes(config)

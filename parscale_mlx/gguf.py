@@ -7,6 +7,7 @@ the file and dequantises its tensors; here they get their published names and la
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,6 @@ NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"
 SHARD_BYTES = 1 << 30
 
-Metadata = dict[str, Any]
-
 
 def find_gguf(path: Path) -> Path | None:
     """The GGUF file that ``path`` names, or that is the only one in that folder without weights.
@@ -55,38 +54,47 @@ def find_gguf(path: Path) -> Path | None:
     return files[0] if files else None
 
 
-def open_gguf(file: Path) -> tuple[Metadata, list[ReaderTensor]]:
-    """The metadata of a GGUF file, and its tensors mapped from disk.
+@dataclass
+class GGUF:
+    """An open GGUF file: its metadata, and its tensors mapped from disk."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: list[ReaderTensor]
+
+
+def open_gguf(path: Path) -> GGUF:
+    """Open a GGUF file of a Llama or Qwen2 model.
 
     Raises:
         ValueError: the file is truncated or not GGUF, of an architecture that is not supported, one
             part of several, or holds a tensor in a type that the ``gguf`` package cannot read.
     """
     try:
-        reader = GGUFReader(file)
+        reader = GGUFReader(path)
     except Exception as error:  # the reader trusts the file: a bad one fails anywhere in it
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: not a whole GGUF file: {reason}") from error
+        raise ValueError(f"{path}: not a whole GGUF file: {reason}") from error
     metadata = {key: _contents(field) for key, field in reader.fields.items()}
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
-            f"{file}: architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}"
+            f"{path}: architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}"
         )
     if metadata.get(f"{architecture}.expert_count"):
-        raise ValueError(f"{file}: mixtures of experts are not supported")
+        raise ValueError(f"{path}: mixtures of experts are not supported")
     if (metadata.get("split.count") or 1) > 1:
         raise ValueError(
-            f"{file}: one of {metadata['split.count']} parts; join them first "
+            f"{path}: one of {metadata['split.count']} parts; join them first "
             "(llama-gguf-split --merge)"
         )
-    for tensor in reader.tensors:
-        _check_type(file, tensor)
-    return metadata, reader.tensors
+    for tensor in {t.tensor_type: t for t in reader.tensors}.values():
+        _check_type(path, tensor)
+    return GGUF(path, metadata, reader.tensors)
 
 
 def unpack_gguf(
-    file: Path,
+    file: GGUF,
     folder: Path,
     *,
     dtype: mx.Dtype | None = None,
@@ -101,17 +109,16 @@ def unpack_gguf(
         on_bytes: called with the size of every tensor once it has been read.
 
     Raises:
-        ValueError: as ``open_gguf`` and ``read_config``.
+        ValueError: as ``read_config``; or its tokenizer is of a kind that is not known.
     """
-    metadata, tensors = open_gguf(file)
-    config = read_config(file, metadata, tensors)
-    dtype = dtype or stored_type(tensors)
+    config = read_config(file)
+    dtype = dtype or stored_type(file)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_tokenizer(file, metadata, folder)
+    save_tokenizer(file.path, file.metadata, folder)
     shard: dict[str, mx.array] = {}
     count = 0
-    for name, weight in _read_tensors(file, config, tensors, dtype):
+    for name, weight in _read_tensors(file, config, dtype):
         shard[name] = weight
         on_bytes(weight.nbytes)
         if sum(w.nbytes for w in shard.values()) >= SHARD_BYTES:
@@ -121,55 +128,55 @@ def unpack_gguf(
         mx.save_safetensors(str(folder / f"model-{count:05d}.safetensors"), shard)
 
 
-def outline(file: Path, dtype: mx.Dtype | None = None) -> tuple[dict, dict[str, mx.array]]:
-    """The configuration and stand-ins for the weights, of their shapes, without reading them.
+def outline(file: GGUF, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
+    """Zeros in place of the weights, by their published names; nothing is read.
 
     Raises:
-        ValueError: as ``open_gguf`` and ``read_config``.
+        ValueError: a Llama or Qwen2 model has no tensor of such a name.
     """
-    metadata, tensors = open_gguf(file)
-    dtype = dtype or stored_type(tensors)
-    return read_config(file, metadata, tensors), {
-        published_name(file, t.name): mx.zeros(_shape(t), dtype)
-        for t in tensors
+    dtype = dtype or stored_type(file)
+    return {
+        published_name(file.path, t.name): mx.zeros(_shape(t), dtype)
+        for t in file.tensors
         if t.name != ROPE_FACTORS
     }
 
 
-def stored_type(tensors: list[ReaderTensor]) -> mx.Dtype:
+def stored_type(file: GGUF) -> mx.Dtype:
     """The type to unpack to: the file's own where it is not quantised, else float16.
 
     Scales of quantised blocks are float16, and so lose least in it: bfloat16 would add an error
     eight times as large.
     """
-    types = {t.tensor_type.name for t in tensors if len(t.shape) > 1}
+    types = {t.tensor_type.name for t in file.tensors if len(t.shape) > 1}
     if types == {"F32"}:
         return mx.float32
     return mx.bfloat16 if types <= {"BF16", "F32"} else mx.float16
 
 
-def read_config(file: Path, metadata: Metadata, tensors: list[ReaderTensor]) -> dict:
+def read_config(file: GGUF) -> dict:
     """What a published ``config.json`` would say.
 
     Raises:
         ValueError: the metadata lacks a field, or scales its rotary embedding in a way that
             ``config.json`` has no words for.
     """
-    names = {t.name: t for t in tensors}
+    path, metadata = file.path, file.metadata
+    names = {t.name: t for t in file.tensors}
     architecture = metadata["general.architecture"]
 
     def get(key: str):
         try:
             return metadata[f"{architecture}.{key}"]
         except KeyError:
-            raise ValueError(f"{file}: the metadata has no {architecture}.{key}") from None
+            raise ValueError(f"{path}: the metadata has no {architecture}.{key}") from None
 
     heads, hidden = get("attention.head_count"), get("embedding_length")
     head_dim = metadata.get(f"{architecture}.attention.key_length", hidden // heads)
     if metadata.get(f"{architecture}.rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"{file}: a rotary embedding of a part of each head is not supported")
+        raise ValueError(f"{path}: a rotary embedding of a part of each head is not supported")
     if "token_embd.weight" not in names:
-        raise ValueError(f"{file}: holds no token_embd.weight")
+        raise ValueError(f"{path}: holds no token_embd.weight")
     config = {
         "model_type": architecture,
         "architectures": [ARCHITECTURES[architecture]],
@@ -188,12 +195,12 @@ def read_config(file: Path, metadata: Metadata, tensors: list[ReaderTensor]) -> 
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_tokens(metadata),
     }
-    if scaling := _rope_scaling(file, metadata, names.get(ROPE_FACTORS), config):
+    if scaling := _rope_scaling(file, names.get(ROPE_FACTORS), config):
         config["rope_scaling"] = scaling
     return {key: value for key, value in config.items() if value is not None}
 
 
-def published_name(file: Path, name: str) -> str:
+def published_name(path: Path, name: str) -> str:
     """The Hugging Face name of a GGUF tensor.
 
     Raises:
@@ -201,7 +208,7 @@ def published_name(file: Path, name: str) -> str:
     """
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in NAMES:
-        raise ValueError(f"{file}: unexpected tensor {name}")
+        raise ValueError(f"{path}: unexpected tensor {name}")
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
     return f"{layer}{NAMES[match[2]]}.{match[3]}"
 
@@ -217,25 +224,23 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(n) for n in reversed(tensor.shape))
 
 
-def _check_type(file: Path, tensor: ReaderTensor) -> None:
+def _check_type(path: Path, tensor: ReaderTensor) -> None:
     try:
         dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
-        raise ValueError(f"{file}: {tensor.name} has type {kind}, which cannot be read") from error
+        raise ValueError(f"{path}: {tensor.name} has type {kind}, which cannot be read") from error
 
 
-def _read_tensors(
-    file: Path, config: dict, tensors: list[ReaderTensor], dtype: mx.Dtype
-) -> Iterator[tuple[str, mx.array]]:
+def _read_tensors(file: GGUF, config: dict, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
     is_llama = config["model_type"] == "llama"
-    for tensor in tensors:
+    for tensor in file.tensors:
         if tensor.name == ROPE_FACTORS:
             continue
-        name, shape = published_name(file, tensor.name), _shape(tensor)
+        name, shape = published_name(file.path, tensor.name), _shape(tensor)
         values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if prod(shape) != values.size:
-            raise ValueError(f"{file}: {tensor.name} does not fill its shape {list(shape)}")
+            raise ValueError(f"{file.path}: {tensor.name} does not fill its shape {list(shape)}")
         values = values.reshape(shape)
         if is_llama and ".attn_q." in tensor.name:
             values = _unpermute(values, config["num_attention_heads"])
@@ -252,31 +257,30 @@ def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def _end_tokens(metadata: Metadata):
+def _end_tokens(metadata: dict[str, Any]):
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     ids = list(dict.fromkeys(n for n in ids if n is not None))
     return ids if len(ids) > 1 else (ids[0] if ids else None)
 
 
-def _rope_scaling(
-    file: Path, metadata: Metadata, factors: ReaderTensor | None, config: dict
-) -> dict | None:
+def _rope_scaling(file: GGUF, factors: ReaderTensor | None, config: dict) -> dict | None:
+    path, metadata = file.path, file.metadata
     if factors is not None:
-        return _llama3_scaling(file, np.asarray(factors.data, np.float32), config)
+        return _llama3_scaling(path, np.asarray(factors.data, np.float32), config)
     prefix = f"{config['model_type']}.rope.scaling"
     kind = metadata.get(f"{prefix}.type", "none")
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
-        raise ValueError(f"{file}: {prefix}.type {kind!r} is not one of none, linear, yarn")
+        raise ValueError(f"{path}: {prefix}.type {kind!r} is not one of none, linear, yarn")
     scaling = {"rope_type": kind, "factor": metadata.get(f"{prefix}.factor")}
     if not scaling["factor"]:
-        raise ValueError(f"{file}: {prefix}.type is {kind}, but there is no {prefix}.factor")
+        raise ValueError(f"{path}: {prefix}.type is {kind}, but there is no {prefix}.factor")
     original = metadata.get(f"{prefix}.original_context_length")
     return scaling | ({"original_max_position_embeddings": original} if original else {})
 
 
-def _llama3_scaling(file: Path, factors: np.ndarray, config: dict) -> dict:
+def _llama3_scaling(path: Path, factors: np.ndarray, config: dict) -> dict:
     # The file holds what Llama 3's scaling came to, one factor a frequency. Every published model
     # has the same parameters but for the factor; check that they give these very numbers.
     from mlx_lm.models.rope_utils import Llama3RoPE
@@ -292,5 +296,5 @@ def _llama3_scaling(file: Path, factors: np.ndarray, config: dict) -> dict:
     scaled = np.array(Llama3RoPE(dim, base=base, scaling_config=scaling)._freqs)
     plain = base ** (np.arange(0, dim, 2) / dim)
     if factors.shape != plain.shape or not np.allclose(scaled / plain, factors, rtol=1e-3):
-        raise ValueError(f"{file}: {ROPE_FACTORS} is not the scaling of Llama 3")
+        raise ValueError(f"{path}: {ROPE_FACTORS} is not the scaling of Llama 3")
     return scaling
