@@ -1,0 +1,166 @@
+"""Attention, norms and MLP in onnxruntime's own operators (domain ``com.microsoft``).
+
+GroupQueryAttention keeps the tokens of a sequence at the front of its cache rows, so left padding
+is rolled to the right end, on the way in and (for all logits) on the way out. It lets past and
+present share a buffer, and rotates row i of the cache by R(i) itself. It takes several new tokens
+on top of a past only for a single row; hence a prefix cannot come as a past when streams are rows,
+and the graph puts it before the first call's own keys and values instead: prefix row i, stored as
+R(n - i) k, comes out as R(n) k, which is what tokens that start at position n want to see. The
+queries of these rows are zero and their results are cut off.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from parscale_export.config import Config
+from parscale_export.graph import MICROSOFT, Builder, folded_heads
+from parscale_export.rope import inverse_frequencies, rotate
+
+
+def context_length(config: Config) -> int:
+    """How many tokens the rotary tables reach: what the model was trained for, or 8192."""
+    return max(config.max_position_embeddings, 8192)
+
+
+class FusedOperators:
+    """One graph's attention, norms and MLP; made once its inputs exist.
+
+    Attributes:
+        token_ids: the token ids [B, L], padding on the right.
+    """
+
+    def __init__(self, b: Builder, token_ids: ir.Value, mask: ir.Value):
+        self.b, config = b, b.config
+        self.prefix_length = config.prefix_length if config.streams > 1 else 0
+        self.heads, self.kv_heads, self.rows = folded_heads(config, b.options.kv_layout)
+        self.length, total = b.dimension(token_ids, 1), b.dimension(mask, 1)
+        self.is_first = b("Equal", self.length, total)
+        first = b.cast(self.is_first, ir.DataType.INT64)
+        n = b.constant([self.prefix_length])
+        self.new_prefix = b("Mul", first, n)
+        self.tokens = b("ReduceSum", mask, b.constant([1]), keepdims=0)
+        lengths = b.cast(b("Add", self.tokens, b.constant([self.prefix_length - 1])),
+                         ir.DataType.INT32)  # fmt: skip
+        self.lengths = b("Tile", lengths, b.constant([self.rows])) if self.rows > 1 else lengths
+        self.total = b.cast(b("Squeeze", b("Add", total, n)), ir.DataType.INT32)
+        # A row's first token; in later calls its tokens are already where they belong.
+        self.start = b("Mul", b("ArgMax", mask, axis=1, keepdims=1), first)
+        self.columns = b("Range", b.constant(0), b("Squeeze", self.length), b.constant(1))
+        rolled = b("Mod", b("Add", self.columns, self.start), self.length)
+        self.token_ids = b("GatherElements", token_ids, rolled, axis=1)
+        self.cos, self.sin = self._rotary_tables()
+        if config.streams > 1:
+            self.prefix_rows = self._prefix_rows(b.dimension(token_ids, 0))
+
+    def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
+        b, config = self.b, self.b.config
+        frequencies, scale = inverse_frequencies(config)
+        positions = context_length(config) + self.prefix_length
+        shape = (positions, config.head_dim // 2)
+
+        def angles() -> np.ndarray:
+            return np.outer(np.arange(positions), frequencies)
+
+        return (
+            b.tensor(b.weights.floats("cos", shape, lambda: np.cos(angles()) * scale)),
+            b.tensor(b.weights.floats("sin", shape, lambda: np.sin(angles()) * scale)),
+        )
+
+    def _prefix_rows(self, batch: ir.Value) -> ir.Value:
+        return prefix_rows(self.b, batch, self.new_prefix)
+
+    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value]):
+        """Attention of one layer: its output, and the present keys and values."""
+        b, config = self.b, self.b.config
+        q, kv = config.num_attention_heads, config.num_key_value_heads
+        widths = [n * config.head_dim for n in (q, kv, kv)]
+        modules = [f"{name}.{part}_proj" for part in "qkv"]
+        packed = b.linear(x, modules, sum(widths), config.hidden_size, b.options.precision)
+        side_by_side = config.streams > 1 and self.rows == 1
+        if config.streams > 1:
+            if side_by_side:
+                shape = b.constant([0, -1, config.streams, sum(widths)])
+                packed = b("Reshape", packed, shape)
+            prefix = b("Gather", self._prefix(name, widths), self.prefix_rows, axis=0)
+            packed = b("Concat", prefix, packed, axis=1)
+        projections: list[ir.Value | None] = [packed, None, None]
+        if side_by_side:
+            parts = b.many("Split", packed, b.constant(widths), n=3, axis=-1)
+            projections = [
+                b("Reshape", part, b.constant([0, 0, config.streams * width]))
+                for part, width in zip(parts, widths, strict=True)
+            ]
+        y, *present = b.many(
+            "GroupQueryAttention", *projections, *past, self.lengths, self.total, self.cos, self.sin,
+            n=3, domain=MICROSOFT, num_heads=self.heads, kv_num_heads=self.kv_heads,
+            scale=config.head_dim**-0.5, do_rotary=1,
+            rotary_interleaved=int(config.rope_traditional),
+        )  # fmt: skip
+        if config.streams > 1:
+            y = b.slice(y, self.new_prefix, axis=1)
+        if side_by_side:
+            y = b("Reshape", y, b.constant([0, -1, widths[0]]))
+        y = b.linear(y, [f"{name}.o_proj"], config.hidden_size, widths[0], b.options.precision)
+        return y, *present
+
+    def _prefix(self, name: str, widths: list[int]) -> ir.Value:
+        b, config = self.b, self.b.config
+        streams, n = config.streams, config.prefix_length
+
+        def compute() -> np.ndarray:
+            keys, values = (
+                b.weights.array([f"{name}.prefix_{part}"]).astype(np.float64) for part in "kv"
+            )
+            frequencies, scale = inverse_frequencies(config)
+            angles = np.outer(n - np.arange(n), frequencies)
+            # The operator's tables carry the embedding's scale, which a prefix does not take.
+            keys = rotate(keys, angles, interleaved=config.rope_traditional) / scale
+            queries = np.zeros((streams, n, widths[0]))
+            flat = [a.swapaxes(1, 2).reshape(streams, n, -1) for a in (keys, values)]
+            rows = np.concatenate([queries, *flat], axis=-1)
+            return rows.reshape(-1, sum(widths)) if self.rows > 1 else rows.swapaxes(0, 1)
+
+        many = (streams * n,) if self.rows > 1 else (n, streams)
+        return b.tensor(b.weights.floats(f"{name}.prefix", (*many, sum(widths)), compute))
+
+    def add_and_norm(self, h: ir.Value, x: ir.Value, weight: str) -> tuple[ir.Value, ir.Value]:
+        """The residual sum, and that sum normalised."""
+        b = self.b
+        normalised, mean, deviation, total = b.many(
+            "SkipSimplifiedLayerNormalization", h, x, b.vector(weight),
+            n=4, domain=MICROSOFT, epsilon=b.config.rms_norm_eps,
+        )  # fmt: skip
+        mean.name = deviation.name = ""  # left out
+        return total, normalised
+
+    def mlp(self, x: ir.Value, name: str) -> ir.Value:
+        b, d, hidden = self.b, self.b.config.hidden_size, self.b.config.intermediate_size
+        modules = [f"{name}.gate_proj", f"{name}.up_proj"]
+        both = b.linear(x, modules, 2 * hidden, d, b.options.precision)
+        gate, up = b.many("Split", both, n=2, axis=-1, num_outputs=2)
+        x = b("Mul", b("Mul", gate, b("Sigmoid", gate)), up)
+        return b.linear(x, [f"{name}.down_proj"], d, hidden, b.options.precision)
+
+    def pick(self, x: ir.Value) -> ir.Value:
+        """Of hidden states [B, L, P * d], each row's last; or all, where their tokens were."""
+        b = self.b
+        if b.options.all_logits:
+            shifted = b("Sub", b("Add", self.columns, self.length), self.start)
+            where = b("Unsqueeze", b("Mod", shifted, self.length), b.constant([2]))
+            return b("GatherND", x, where, batch_dims=1)
+        count = b("Where", self.is_first, self.tokens, self.length)
+        last = b("Sub", count, b.constant([1]))
+        return b("GatherND", x, b("Unsqueeze", last, b.constant([1, 2])), batch_dims=1)
+
+
+def prefix_rows(b: Builder, batch: ir.Value, count: ir.Value) -> ir.Value:
+    """Which stored prefix rows go before each row's keys: [B, count], or [P * B, count]."""
+    rows = b("Range", b.constant(0), b("Squeeze", count), b.constant(1))
+    n, streams = b.config.prefix_length, b.config.streams
+    if b.options.kv_layout == "batch":
+        first = b.constant(np.arange(streams)[:, None] * n)
+        repeats = b("Concat", b.constant([1]), batch, axis=0)
+        firsts = b("Reshape", b("Tile", first, repeats), b.constant([-1, 1]))
+        return b("Add", firsts, rows)
+    shape = b("Concat", batch, b.constant([1]), axis=0)
+    return b("Expand", b("Unsqueeze", rows, b.constant([0])), shape)

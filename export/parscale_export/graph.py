@@ -1,0 +1,303 @@
+"""The decoder as an ONNX graph: embedding, layers, aggregator and head, for either operator set.
+
+How the P streams are laid out is a choice (``kv_layout``), because the KV cache is an input:
+
+- ``batch``: streams are rows of the batch, stream-major (row p * B + b), cache
+  [P * B, kv_heads, T, head_dim]; hidden states [P * B, L, d].
+- ``heads``: streams are heads, cache [B, P * kv_heads, T, head_dim], as an ordinary decoder with P
+  times the heads has it; hidden states [B, L * P, d], a token's streams side by side.
+
+Attention, norms and what the padding means are in ``fused`` and ``standard``. Both put the prefix
+into the cache themselves, in the call whose ``attention_mask`` is as long as its ``input_ids``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from parscale_export.checkpoint import Checkpoint
+from parscale_export.config import Config
+from parscale_export.weights import BITS, Weights
+
+OPSET = 23
+MICROSOFT = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What kind of graph to build; see ``export_onnx`` for the meaning of each."""
+
+    kv_layout: str = "batch"
+    ops: str = "fused"
+    precision: str = "fp32"
+    activations: str = "fp32"
+    head_precision: str = "fp32"
+    embedding_precision: str = "fp32"
+    aggregator_precision: str = "fp32"
+    block_size: int = 32
+    accuracy_level: int = 4
+    all_logits: bool = False
+    aggregation_weights: bool = False
+
+
+class Builder(ir.tape.Tape):
+    """Records nodes and initializers; calling it adds a node."""
+
+    def __init__(self, config: Config, options: Options, weights: Weights):
+        super().__init__()
+        self.config, self.options, self.weights = config, options, weights
+        self._constants: dict[tuple, ir.Value] = {}
+        self._tensors: dict[str, ir.Value] = {}
+
+    def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any):
+        return self.op(op, inputs, attributes, domain=domain)
+
+    def many(self, op: str, *inputs: ir.Value | None, n: int, domain: str = "", **attributes: Any):
+        """A node with ``n`` outputs."""
+        return self.op_multi_out(op, inputs, attributes, num_outputs=n, domain=domain)
+
+    def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
+        """A small constant, shared by all who ask for the same."""
+        array = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self.initializer(ir.Tensor(array, name=name))
+        return self._constants[key]
+
+    def tensor(self, tensor: ir.TensorProtocol) -> ir.Value:
+        """A weight as an initializer; the same one for the same name."""
+        assert tensor.name is not None
+        if tensor.name not in self._tensors:
+            self._tensors[tensor.name] = self.initializer(tensor)
+        return self._tensors[tensor.name]
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        return self("Cast", x, to=dtype.value)
+
+    def dimension(self, x: ir.Value, axis: int) -> ir.Value:
+        """One dimension's size, int64 [1]."""
+        return self("Shape", x, start=axis, end=axis + 1)
+
+    def slice(self, x: ir.Value, start: ir.Value, axis: int) -> ir.Value:
+        end = self.constant([np.iinfo(np.int64).max])
+        return self("Slice", x, start, end, self.constant([axis]))
+
+    def vector(self, name: str) -> ir.Value:
+        """A one-dimensional weight in the activations' type."""
+        return self._bias(name, (name,))
+
+    def linear(
+        self, x: ir.Value, modules: Sequence[str], rows: int, columns: int, precision: str
+    ) -> ir.Value:
+        """A projection [..., columns] to [..., rows]; several modules are stacked into one."""
+        name = modules[0] if len(modules) == 1 else _joint_name(modules)
+        sources = tuple(f"{module}.weight" for module in modules)
+        if precision in BITS:
+            y = self._quantized_matmul(x, name, sources, rows, columns, BITS[precision])
+        else:
+            weight = self.weights.floats(
+                f"{name}.weight", (columns, rows),
+                lambda: np.ascontiguousarray(self.weights.array(sources).T),
+            )  # fmt: skip
+            y = self("MatMul", x, self.tensor(weight))
+        biases = tuple(f"{module}.bias" for module in modules)
+        if self.weights.has(biases[0]):
+            y = self("Add", y, self._bias(f"{name}.bias", biases))
+        return y
+
+    def _bias(self, name: str, sources: tuple[str, ...]) -> ir.Value:
+        rows = sum(self.weights.checkpoint.shape(source)[0] for source in sources)
+        return self.tensor(self.weights.floats(name, (rows,), lambda: self.weights.array(sources)))
+
+    def _quantized_matmul(
+        self, x: ir.Value, name: str, sources: tuple[str, ...], rows: int, columns: int, bits: int
+    ) -> ir.Value:
+        if self.options.ops == "standard":
+            codes, scales, zeros = self.weights.linear_codes(name, sources, (rows, columns), bits)
+            weight = self(
+                "DequantizeLinear", *map(self.tensor, (codes, scales, zeros)),
+                axis=0, block_size=self.options.block_size,
+            )  # fmt: skip
+            return self("MatMul", x, weight)
+        tensors = self.weights.codes(name, sources, (rows, columns), bits)
+        return self(
+            "MatMulNBits", x, *(self.tensor(t) for t in tensors if t is not None),
+            domain=MICROSOFT, K=columns, N=rows, bits=bits,
+            block_size=self.options.block_size, accuracy_level=self.options.accuracy_level,
+        )  # fmt: skip
+
+
+def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
+    """The whole model; its large tensors are lazy, nothing is read from the checkpoint yet."""
+    from parscale_export.fused import FusedOperators
+    from parscale_export.standard import StandardOperators
+
+    config = checkpoint.config
+    weights = Weights(checkpoint, options.activations, options.block_size)
+    b = Builder(config, options, weights)
+    inputs, pasts = _inputs(config, options, weights.dtype)
+    token_ids, mask = inputs
+    operators = (
+        FusedOperators(b, token_ids, mask)
+        if options.ops == "fused"
+        else StandardOperators(b, token_ids, mask)
+    )
+    h = _fold(b, _embed(b, operators.token_ids))
+    x = b("RMSNormalization", h, b.vector("model.layers.0.input_layernorm.weight"),
+          axis=-1, epsilon=config.rms_norm_eps)  # fmt: skip
+    presents: list[ir.Value] = []
+    for n, past in enumerate(pasts):
+        layer, last = f"model.layers.{n}", n == config.num_hidden_layers - 1
+        x, *present = operators.attention(x, f"{layer}.self_attn", past)
+        h, x = operators.add_and_norm(h, x, f"{layer}.post_attention_layernorm.weight")
+        x = operators.mlp(x, f"{layer}.mlp")
+        following = "model.norm" if last else f"model.layers.{n + 1}.input_layernorm"
+        h, x = operators.add_and_norm(h, x, f"{following}.weight")
+        presents += [
+            _present(value, past[0], n, part) for value, part in zip(present, KV, strict=True)
+        ]
+    x, stream_weights = _aggregate(b, operators.pick(_side_by_side(b, x)))
+    outputs = [
+        _output(b.cast(_head(b, x), ir.DataType.FLOAT), "logits", config.vocab_size, options)
+    ]
+    if options.aggregation_weights:
+        outputs.append(_output(stream_weights, "aggregation_weights", config.streams, options))
+    graph = ir.Graph(
+        [*inputs, *(value for past in pasts for value in past)],
+        [*outputs, *presents],
+        nodes=b.nodes,
+        initializers=b.initializers,
+        opset_imports={"": OPSET} | ({MICROSOFT: 1} if options.ops == "fused" else {}),
+        name="parscale",
+    )
+    return ir.Model(graph, ir_version=10, producer_name="parscale")
+
+
+KV = ("key", "value")
+
+
+def folded_heads(config: Config, kv_layout: str) -> tuple[int, int, int]:
+    """How many query heads and key-value heads attention has, and rows for each sequence."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if kv_layout == "heads":
+        return config.streams * heads, config.streams * kv_heads, 1
+    return heads, kv_heads, config.streams
+
+
+def _inputs(config: Config, options: Options, dtype: ir.DataType):
+    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    integer = ir.DataType.INT64
+    _, kv_heads, rows = folded_heads(config, options.kv_layout)
+    batch = "batch_size" if rows == 1 else "batch_size_times_streams"
+    cache = (batch, kv_heads, "past_sequence_length", config.head_dim)
+    pasts = [
+        tuple(value(f"past_key_values.{n}.{part}", dtype, *cache) for part in KV)
+        for n in range(config.num_hidden_layers)
+    ]
+    return (
+        value("input_ids", integer, "batch_size", "sequence_length"),
+        value("attention_mask", integer, "batch_size", "total_sequence_length"),
+    ), pasts
+
+
+def _present(value: ir.Value, past: ir.Value, layer: int, part: str) -> ir.Value:
+    assert past.shape is not None
+    shape = list(past.shape.dims)
+    shape[2] = ir.SymbolicDim("present_sequence_length")
+    value.name, value.type, value.shape = f"present.{layer}.{part}", past.type, ir.Shape(shape)
+    return value
+
+
+def _output(value: ir.Value, name: str, width: int, options: Options) -> ir.Value:
+    length = "sequence_length" if options.all_logits else 1
+    value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
+    value.shape = ir.Shape(("batch_size", length, width))
+    return value
+
+
+def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
+    name, shape = "model.embed_tokens", (b.config.vocab_size, b.config.hidden_size)
+    sources = (f"{name}.weight",)
+    if b.options.embedding_precision in BITS:
+        bits = BITS[b.options.embedding_precision]
+        codes, scales, zeros = b.weights.codes(name, sources, shape, bits)
+        table = b("Reshape", b.tensor(codes), b.constant([shape[0], -1]))
+        points = [] if zeros is None else [b.tensor(zeros)]
+        return b(
+            "GatherBlockQuantized", table, token_ids, b.tensor(scales), *points,
+            domain=MICROSOFT, bits=bits, block_size=b.options.block_size,
+            gather_axis=0, quantize_axis=1,
+        )  # fmt: skip
+    table = b.tensor(b.weights.floats(sources[0], shape, lambda: b.weights.array(sources)))
+    return b("Gather", table, token_ids, axis=0)
+
+
+def _fold(b: Builder, x: ir.Value) -> ir.Value:
+    """Hidden states [B, L, d] for every stream: [P * B, L, d] or [B, L * P, d]."""
+    streams, d = b.config.streams, b.config.hidden_size
+    if streams == 1:
+        return x
+    if b.options.kv_layout == "batch":
+        return b("Tile", x, b.constant([streams, 1, 1]))
+    return b("Reshape", b("Tile", x, b.constant([1, 1, streams])), b.constant([0, -1, d]))
+
+
+def _side_by_side(b: Builder, x: ir.Value) -> ir.Value:
+    """The streams' hidden states of each token, concatenated: [B, L, P * d]."""
+    streams, d = b.config.streams, b.config.hidden_size
+    if streams == 1:
+        return x
+    if b.options.kv_layout == "batch":
+        rows = b.many("Split", x, n=streams, axis=0, num_outputs=streams)
+        return b("Concat", *rows, axis=-1)
+    return b("Reshape", x, b.constant([0, -1, streams * d]))
+
+
+def _aggregate(b: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Weigh the streams of each token (paper section 2.2, equation 3, with label smoothing).
+
+    From [B, L, P * d] to [B, L, d], and the weights, float32 [B, L, P].
+    """
+    streams, d, smoothing = b.config.streams, b.config.hidden_size, b.config.smoothing
+    if streams == 1:
+        shape = b("Concat", b("Shape", x, start=0, end=2), b.constant([1]), axis=0)
+        return x, b("Expand", b.constant([1.0], np.float32), shape)
+    precision = b.options.aggregator_precision
+    hidden = b.linear(x, ["model.aggregator.fc1"], d, streams * d, precision)
+    hidden = b("Mul", hidden, b("Sigmoid", hidden))
+    # A matrix of P rows is too small to be worth quantising.
+    scores = b.linear(hidden, ["model.aggregator.fc2"], streams, d, b.options.activations)
+    weights = b("Softmax", b.cast(scores, ir.DataType.FLOAT), axis=-1)
+    weights = b("Mul", weights, b.constant(1 - smoothing, np.float32))
+    weights = b("Add", weights, b.constant(smoothing / streams, np.float32))
+    rows = b("Reshape", b.cast(x, ir.DataType.FLOAT), b.constant([0, 0, streams, d]))
+    mixed = b("MatMul", b("Unsqueeze", weights, b.constant([2])), rows)
+    return b.cast(b("Squeeze", mixed, b.constant([2])), b.weights.dtype), weights
+
+
+def _head(b: Builder, x: ir.Value) -> ir.Value:
+    """Logits [B, L, vocab]."""
+    vocab, d = b.config.vocab_size, b.config.hidden_size
+    tied = b.config.tie_word_embeddings
+    module = "model.embed_tokens" if tied else "lm_head"
+    if not tied or b.options.head_precision in BITS:
+        return b.linear(x, [module], vocab, d, b.options.head_precision)
+    # Gemm reads the embedding's own rows, so that the file holds them once.
+    table = b.tensor(
+        b.weights.floats(
+            f"{module}.weight", (vocab, d), lambda: b.weights.array([f"{module}.weight"])
+        )
+    )
+    shape = b("Concat", b("Shape", x, start=0, end=2), b.constant([vocab]), axis=0)
+    return b("Reshape", b("Gemm", b("Reshape", x, b.constant([-1, d])), table, transB=1), shape)
+
+
+def _joint_name(modules: Sequence[str]) -> str:
+    parent, _, _ = modules[0].rpartition(".")
+    return f"{parent}.{'_'.join(m.rpartition('.')[2].removesuffix('_proj') for m in modules)}_proj"

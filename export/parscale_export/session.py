@@ -1,0 +1,127 @@
+"""Open an exported graph in onnxruntime, once its files are known to be sound."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA = PROVIDERS["cuda"]
+
+
+def find_graph(path: Path) -> Path:
+    """The .onnx file that ``path`` is, or that is in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is another kind of file.
+    """
+    if path.is_file():
+        if path.suffix != ".onnx":
+            raise ValueError(f"{path}: not an .onnx file")
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    found = [path / "model.onnx"] if (path / "model.onnx").is_file() else []
+    found = found or sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
+    if not found:
+        raise FileNotFoundError(f"{path}: no model.onnx in this folder")
+    return found[0]
+
+
+def read_graph(file: Path) -> onnx.ModelProto:
+    """An exported graph without its weights, after a look at the file that holds them.
+
+    Raises:
+        FileNotFoundError: the external data is missing.
+        ValueError: not an ONNX graph, or external data that is truncated or outside its folder.
+    """
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ValueError(f"{file}: not an ONNX graph") from error
+    if not model.graph.node:
+        raise ValueError(f"{file}: not an ONNX graph")
+    ends: dict[str, int] = {}
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = ExternalDataInfo(tensor)
+            end = int(info.offset or 0) + int(info.length or 0)
+            ends[info.location] = max(end, ends.get(info.location, 0))
+    folder = file.parent.resolve()
+    for location, end in ends.items():
+        data = file.parent / location
+        if Path(location).is_absolute() or not data.resolve().is_relative_to(folder):
+            raise ValueError(f"{file}: its external data {location!r} is outside its folder")
+        if not data.is_file():
+            raise FileNotFoundError(f"{data}: missing; {file.name} keeps its weights there")
+        if data.stat().st_size < end:
+            raise ValueError(f"{data}: truncated: {data.stat().st_size} of {end} bytes")
+    return model
+
+
+def open_session(
+    file: Path,
+    provider: str | None,
+    *,
+    device_id: int = 0,
+    threads: int | None = None,
+    cuda_graph: bool = False,
+) -> ort.InferenceSession:
+    """A session on the asked-for provider, or on CUDA where it works and the CPU elsewhere.
+
+    Raises:
+        ValueError: the provider is not there, or cannot run the graph.
+    """
+    name = _choose_provider(provider)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers: list = ["CPUExecutionProvider"]
+    if name == CUDA:
+        settings = {"device_id": str(device_id)} | (
+            {"enable_cuda_graph": "1"} if cuda_graph else {}
+        )
+        providers = [(CUDA, settings), *providers]
+    elif name != providers[0]:
+        providers = [name, *providers]
+    try:
+        session = ort.InferenceSession(str(file), options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions have no common class of their own
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file}: {name} cannot run this graph: {reason}") from error
+    if session.get_providers()[0] != name:
+        raise ValueError(f"{name} was asked for but did not start here; use --provider cpu")
+    return session
+
+
+def _choose_provider(provider: str | None) -> str:
+    available = ort.get_available_providers()
+    if provider is None:
+        return CUDA if CUDA in available and _cuda_works() else PROVIDERS["cpu"]
+    name = PROVIDERS.get(provider.lower(), provider)
+    if name not in available:
+        known = ", ".join(available)
+        raise ValueError(f"provider {provider!r} is not in this onnxruntime, which has {known}")
+    if name == CUDA and not _cuda_works():
+        raise ValueError("provider 'cuda' was asked for, but there is no CUDA device here")
+    return name
+
+
+def _cuda_works() -> bool:
+    """Whether the driver is there and knows a device; onnxruntime-gpu installs without either."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return False
+    if count.value and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # the CUDA libraries that pip installed, if it did
+    return count.value > 0

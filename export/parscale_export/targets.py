@@ -1,0 +1,125 @@
+"""Presets for where an export is to run, and the files that each runtime reads beside the graph."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from parscale_export.config import Config
+from parscale_export.graph import Options, folded_heads
+
+PRESETS: dict[str | None, dict[str, str]] = {
+    None: {"kv_layout": "batch", "ops": "fused", "precision": "fp32"},
+    "cuda": {"kv_layout": "batch", "ops": "fused", "precision": "fp16"},
+    "cpu": {"kv_layout": "batch", "ops": "fused", "precision": "int8"},
+    "genai": {"kv_layout": "heads", "ops": "fused", "precision": "int8"},
+    "web": {"kv_layout": "heads", "ops": "fused", "precision": "int4"},
+}
+TOKENIZER_FILES = (
+    "tokenizer*.json", "tokenizer.model", "chat_template*", "special_tokens_map.json",
+    "added_tokens.json", "generation_config.json", "merges.txt", "vocab.json", "vocab.txt",
+)  # fmt: skip
+# Of a Hugging Face config, what no longer holds once the model is a graph.
+_LEFT_OUT = ("auto_map", "quantization", "quantization_config", "torch_dtype", "dtype")
+_WEB_SUFFIXES = {
+    ("fp32", "fp32"): "", ("fp16", "fp16"): "_fp16", ("bf16", "bf16"): "_bf16",
+    ("int8", "fp32"): "_int8", ("int4", "fp32"): "_q4", ("int4", "fp16"): "_q4f16",
+}  # fmt: skip
+
+
+def file_names(target: str | None, options: Options) -> tuple[str, str]:
+    """The graph's path inside the export folder, and its external data's name beside it."""
+    if target != "web":
+        return "model.onnx", "model.onnx.data"
+    # transformers.js finds the graph by its data type and the data by the graph's name.
+    suffix = _WEB_SUFFIXES.get((options.precision, options.activations), f"_{options.precision}")
+    return f"onnx/model{suffix}.onnx", f"model{suffix}.onnx_data"
+
+
+def write_side_files(
+    source: Path, folder: Path, config: Config, options: Options, target: str | None
+) -> None:
+    """Write ``config.json``, copy the tokenizer's files, and add what ``target`` reads."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    ours = {name: value for name, value in config.raw.items() if name not in _LEFT_OUT}
+    if target == "web":
+        ours |= _ordinary_decoder(config, options)
+        name = Path(file_names(target, options)[0]).name
+        ours["transformers.js_config"] = {"use_external_data_format": {name: 1}}
+    _write_json(folder / "config.json", ours)
+    if target == "genai":
+        _write_json(folder / "genai_config.json", _genai_config(source, config, options))
+
+
+def _ordinary_decoder(config: Config, options: Options) -> dict[str, Any]:
+    """The folded model as runtimes know it: a plain decoder with P times the heads."""
+    heads, kv_heads, _ = folded_heads(config, options.kv_layout)
+    return {
+        "model_type": config.model_type.removesuffix("_parscale"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": config.head_dim,
+    }
+
+
+def _genai_config(source: Path, config: Config, options: Options) -> dict[str, Any]:
+    heads, kv_heads, _ = folded_heads(config, options.kv_layout)
+    generation = source / "generation_config.json"
+    tokens = dict(config.raw)
+    if generation.is_file():
+        tokens |= json.loads(generation.read_text(encoding="utf-8"))
+    eos = tokens.get("eos_token_id")
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    ends = {
+        "bos_token_id": tokens.get("bos_token_id"),
+        "eos_token_id": eos,
+        "pad_token_id": first_eos if tokens.get("pad_token_id") is None else tokens["pad_token_id"],
+    }
+    return {
+        "model": {
+            **{name: token for name, token in ends.items() if token is not None},
+            "context_length": config.max_position_embeddings,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": "model.onnx",
+                "head_size": config.head_dim,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": kv_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+            "type": config.model_type.removesuffix("_parscale"),
+            "vocab_size": config.vocab_size,
+        },
+        "search": {
+            "do_sample": False,
+            "early_stopping": True,
+            "max_length": config.max_position_embeddings,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            "past_present_share_buffer": True,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
+        },
+    }
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""ONNX initializers that are computed from a checkpoint only when they are written.
+
+Every large tensor is an ``onnx_ir.LazyTensor``, so that saving the model holds one at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from parscale_export.checkpoint import Checkpoint
+from parscale_export.quantize import Blocks, pack, quantize
+
+FLOATS = {
+    "fp32": (ir.DataType.FLOAT, np.dtype(np.float32)),
+    "fp16": (ir.DataType.FLOAT16, np.dtype(np.float16)),
+    "bf16": (ir.DataType.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+}
+BITS = {"int8": 8, "int4": 4}
+
+
+class Weights:
+    """Named tensors of a checkpoint in the shapes and types that operators want.
+
+    Args:
+        activations: "fp32", "fp16" or "bf16", the type of everything that is not quantised.
+        block_size: columns that share a scale, in quantised matrices.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, activations: str, block_size: int):
+        self.checkpoint = checkpoint
+        self.dtype, self.numpy_dtype = FLOATS[activations]
+        self.block_size = block_size
+        # A quantised matrix gives two or three tensors, written one after the other.
+        self._quantized = lru_cache(maxsize=1)(self._quantize)
+
+    def has(self, name: str) -> bool:
+        return name in self.checkpoint
+
+    def array(self, names: Sequence[str]) -> np.ndarray:
+        """Tensors stacked along their rows: a packed projection's weight [out, in], or a bias."""
+        tensors = [self.checkpoint.tensor(name) for name in names]
+        return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
+
+    def floats(
+        self,
+        name: str,
+        shape: Sequence[int],
+        compute: Callable[[], np.ndarray],
+        dtype: ir.DataType | None = None,
+    ) -> ir.LazyTensor:
+        """A tensor of the activations' type (or ``dtype``), computed when it is written."""
+        numpy_dtype = self.numpy_dtype if dtype is None else dtype.numpy()
+        return lazy(name, shape, dtype or self.dtype, lambda: compute().astype(numpy_dtype))
+
+    def codes(
+        self, name: str, sources: tuple[str, ...], shape: Sequence[int], bits: int
+    ) -> tuple[ir.LazyTensor, ir.LazyTensor, ir.LazyTensor | None]:
+        """A matrix [out, in] for MatMulNBits: packed codes, scales and (4 bits) zero points."""
+        rows, columns = shape
+        blocks = -(-columns // self.block_size)
+        byte = ir.DataType.UINT8
+        codes = lazy(
+            f"{name}.codes", (rows, blocks, self.block_size * bits // 8), byte,
+            lambda: pack(self._quantized(sources, bits).codes, bits),
+        )  # fmt: skip
+        scales = self.floats(
+            f"{name}.scales", (rows, blocks), lambda: self._quantized(sources, bits).scales
+        )
+        if bits == 8:
+            return codes, scales, None
+        zeros = lazy(
+            f"{name}.zero_points", (rows, -(-blocks * bits // 8)), byte,
+            lambda: pack(_present(self._quantized(sources, bits).zero_points), bits),
+        )  # fmt: skip
+        return codes, scales, zeros
+
+    def linear_codes(
+        self, name: str, sources: tuple[str, ...], shape: Sequence[int], bits: int
+    ) -> tuple[ir.LazyTensor, ir.LazyTensor, ir.LazyTensor]:
+        """A matrix [in, out] for DequantizeLinear blocked along axis 0: codes, scales, zeros."""
+        rows, columns = shape
+        blocks = -(-columns // self.block_size)
+        dtype = ir.DataType.UINT8 if bits == 8 else ir.DataType.UINT4
+
+        def codes() -> np.ndarray:
+            whole = self._quantized(sources, bits).codes
+            return np.ascontiguousarray(whole.reshape(rows, -1)[:, :columns].T)
+
+        def zeros() -> np.ndarray:
+            zero_points = self._quantized(sources, bits).zero_points
+            if zero_points is None:
+                return np.full((blocks, rows), 2 ** (bits - 1), np.uint8)
+            return np.ascontiguousarray(zero_points.T)
+
+        return (
+            lazy(f"{name}.codes", (columns, rows), dtype, codes),
+            self.floats(
+                f"{name}.scales", (blocks, rows),
+                lambda: np.ascontiguousarray(self._quantized(sources, bits).scales.T),
+            ),
+            lazy(f"{name}.zero_points", (blocks, rows), dtype, zeros),
+        )  # fmt: skip
+
+    def _quantize(self, sources: tuple[str, ...], bits: int) -> Blocks:
+        return quantize(self.array(sources), bits=bits, block_size=self.block_size)
+
+
+def lazy(
+    name: str, shape: Sequence[int], dtype: ir.DataType, compute: Callable[[], np.ndarray]
+) -> ir.LazyTensor:
+    """A tensor that ``compute`` makes each time it is written; 4-bit types take a code a byte."""
+
+    def make() -> ir.Tensor:
+        array = compute()
+        if dtype == ir.DataType.UINT4:
+            array = array.astype(ml_dtypes.uint4)
+        return ir.Tensor(array, dtype=dtype, name=name)
+
+    return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)
+
+
+def _present(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None
+    return array
