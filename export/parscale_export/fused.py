@@ -91,7 +91,8 @@ class FusedOperators:
                 for part, width in zip(parts, widths, strict=True)
             ]
         y, *present = b.many(
-            "GroupQueryAttention", *projections, *past, self.lengths, self.total, self.cos, self.sin,
+            "GroupQueryAttention", *projections, *past,
+            self.lengths, self.total, self.cos, self.sin,
             n=3, domain=MICROSOFT, num_heads=self.heads, kv_num_heads=self.kv_heads,
             scale=config.head_dim**-0.5, do_rotary=1,
             rotary_interleaved=int(config.rope_traditional),

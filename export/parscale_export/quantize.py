@@ -1,4 +1,4 @@
-"""Block-wise integer quantisation of weight matrices, as MatMulNBits and DequantizeLinear read it."""
+"""Block-wise integer quantisation of matrices, for MatMulNBits and DequantizeLinear."""
 
 from dataclasses import dataclass
 
@@ -40,9 +40,9 @@ def quantize(weight: np.ndarray, *, bits: int, block_size: int) -> Blocks:
 
 def _quantize_rows(weight: np.ndarray, bits: int, blocks: int, block_size: int):
     rows, columns = weight.shape
-    values = np.zeros((rows, blocks * block_size), np.float32)
-    values[:, :columns] = weight
-    values = values.reshape(rows, blocks, block_size)
+    padded = np.zeros((rows, blocks * block_size), np.float32)
+    padded[:, :columns] = weight
+    values = padded.reshape(rows, blocks, block_size)
     top = 2**bits - 1
     if bits == 8:
         scales = np.abs(values).max(-1) / 127
