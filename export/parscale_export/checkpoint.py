@@ -48,6 +48,10 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._names
 
+    def names(self) -> list[str]:
+        """The tensors of the model, quantised ones by their weight alone."""
+        return [name for name in expected_shapes(self.config) if name in self]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, dequantised."""
         return self._logical_shape(name)

@@ -182,7 +182,7 @@ def _check_model(config: Config, options: Options, folder: Path) -> None:
     if options.ops == "fused" and config.head_dim % 16:
         raise ValueError(
             f"{folder / 'config.json'}: head_dim {config.head_dim} is not a multiple of 16, which "
-            "GroupQueryAttention needs; use ops standard"
+            "GroupQueryAttention needs; use --ops standard"
         )
 
 
@@ -240,6 +240,7 @@ def _metadata(checkpoint: Checkpoint, options: Options, data: Path) -> dict[str,
         "activations": options.activations,
         "head_precision": options.head_precision,
         "block_size": options.block_size,
+        "accuracy_level": options.accuracy_level,
         "all_logits": str(options.all_logits).lower(),
         # The standard operators compute angles as they go and know no end.
         "context_length": context_length(config) if options.ops == "fused" else 0,

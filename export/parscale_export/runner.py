@@ -69,7 +69,12 @@ class OnnxModel:
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")
         self.session = open_session(
-            self.file, provider, device_id=device_id, threads=threads, cuda_graph=cuda_graph
+            self.file,
+            provider,
+            device_id=device_id,
+            threads=threads,
+            cuda_graph=cuda_graph,
+            accuracy_level=about["accuracy_level"],
         )
         self.provider = self.session.get_providers()[0]
         if cuda_graph and self.provider != CUDA:

@@ -71,6 +71,7 @@ def open_session(
     device_id: int = 0,
     threads: int | None = None,
     cuda_graph: bool = False,
+    accuracy_level: str = "4",
 ) -> ort.InferenceSession:
     """A session on the asked-for provider, or on CUDA where it works and the CPU elsewhere.
 
@@ -80,6 +81,8 @@ def open_session(
     name = _choose_provider(provider)
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # For quantised matrices in standard operators, which onnxruntime turns into MatMulNBits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
     if threads is not None:
         options.intra_op_num_threads = threads
     providers: list = ["CPUExecutionProvider"]

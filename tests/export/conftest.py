@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from cases import CASES, GOLDEN, LAYOUTS, OPERATORS
-
 from parscale_export import OnnxModel, export_onnx
 
 
