@@ -146,7 +146,7 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
         if options.ops == "fused"
         else StandardOperators(b, token_ids, mask)
     )
-    h = _fold(b, _embed(b, operators.token_ids))
+    h = _embed(b, _fold(b, operators.token_ids))
     x = b("RMSNormalization", h, b.vector("model.layers.0.input_layernorm.weight"),
           axis=-1, epsilon=config.rms_norm_eps)  # fmt: skip
     presents: list[ir.Value] = []
@@ -238,14 +238,15 @@ def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
     return b("Gather", table, token_ids, axis=0)
 
 
-def _fold(b: Builder, x: ir.Value) -> ir.Value:
-    """Hidden states [B, L, d] for every stream: [P * B, L, d] or [B, L * P, d]."""
-    streams, d = b.config.streams, b.config.hidden_size
+def _fold(b: Builder, token_ids: ir.Value) -> ir.Value:
+    """Token ids [B, L] for every stream: [P * B, L] or [B, L * P]."""
+    streams = b.config.streams
     if streams == 1:
-        return x
+        return token_ids
     if b.options.kv_layout == "batch":
-        return b("Tile", x, b.constant([streams, 1, 1]))
-    return b("Reshape", b("Tile", x, b.constant([1, 1, streams])), b.constant([0, -1, d]))
+        return b("Tile", token_ids, b.constant([streams, 1]))
+    repeated = b("Tile", b("Unsqueeze", token_ids, b.constant([2])), b.constant([1, 1, streams]))
+    return b("Reshape", repeated, b.constant([0, -1]))
 
 
 def _side_by_side(b: Builder, x: ir.Value) -> ir.Value:

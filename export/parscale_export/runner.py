@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 
 from parscale_export.sampling import Sampling, choose
-from parscale_export.session import CUDA, find_graph, open_session, read_graph
+from parscale_export.session import CUDA, choose_provider, find_graph, open_session, read_graph
 
 
 class Token(NamedTuple):
@@ -68,21 +68,21 @@ class OnnxModel:
         self.prefill_chunk = prefill_chunk
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")
+        self.provider = choose_provider(provider)
+        if cuda_graph and self.provider != CUDA:
+            raise ValueError("cuda_graph needs the CUDA provider; leave it out, or use cuda")
+        if about["activations"] == "bf16" and self.provider == "CPUExecutionProvider":
+            raise ValueError(
+                f"{self.file}: {self.provider} has no bfloat16; use CUDA, or export fp32 or fp16"
+            )
         self.session = open_session(
             self.file,
-            provider,
+            self.provider,
             device_id=device_id,
             threads=threads,
             cuda_graph=cuda_graph,
             accuracy_level=about["accuracy_level"],
         )
-        self.provider = self.session.get_providers()[0]
-        if cuda_graph and self.provider != CUDA:
-            raise ValueError("cuda_graph needs the CUDA provider; leave it out, or use cuda")
-        if about["activations"] == "bf16" and self.provider != CUDA:
-            raise ValueError(
-                f"{self.file}: {self.provider} has no bfloat16; use CUDA, or export fp32 or fp16"
-            )
         self.cuda_graph = cuda_graph
         self._device, self._device_id = ("cuda", device_id) if self.provider == CUDA else ("cpu", 0)
         inputs = {value.name: value.type.tensor_type for value in graph.graph.input}

@@ -66,19 +66,18 @@ def read_graph(file: Path) -> onnx.ModelProto:
 
 def open_session(
     file: Path,
-    provider: str | None,
+    name: str,
     *,
     device_id: int = 0,
     threads: int | None = None,
     cuda_graph: bool = False,
     accuracy_level: str = "4",
 ) -> ort.InferenceSession:
-    """A session on the asked-for provider, or on CUDA where it works and the CPU elsewhere.
+    """A session on an execution provider, given by its full name.
 
     Raises:
-        ValueError: the provider is not there, or cannot run the graph.
+        ValueError: the provider does not start, or cannot run the graph.
     """
-    name = _choose_provider(provider)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # For quantised matrices in standard operators, which onnxruntime turns into MatMulNBits.
@@ -103,7 +102,12 @@ def open_session(
     return session
 
 
-def _choose_provider(provider: str | None) -> str:
+def choose_provider(provider: str | None) -> str:
+    """The full name of the asked-for provider; by default CUDA where it works, else the CPU.
+
+    Raises:
+        ValueError: this onnxruntime lacks it, or there is no device for it.
+    """
     available = ort.get_available_providers()
     if provider is None:
         return CUDA if CUDA in available and _cuda_works() else PROVIDERS["cpu"]

@@ -31,8 +31,10 @@ class StandardOperators:
         )
         self.past = b("Sub", total, length)
         self.chunk_mask = b.slice(mask, self.past, axis=1)
-        self.cos, self.sin = self._rotary(mask)
-        self.mask = self._attention_mask(batch, mask, total)
+        # What holds for a sequence holds for each of its rows, [P * B, ...].
+        rows_mask = b("Tile", mask, b.constant([self.rows, 1])) if self.rows > 1 else mask
+        self.cos, self.sin = self._rotary(rows_mask)
+        self.mask = self._attention_mask(rows_mask, total)
         if config.streams > 1:
             is_first = b.cast(b("Equal", length, total), ir.DataType.INT64)
             count = b("Mul", is_first, b.constant([self.prefix_length]))
@@ -54,17 +56,16 @@ class StandardOperators:
             table = b(function, angles)
             if scale != 1:
                 table = b("Mul", table, b.constant(scale, np.float32))
-            table = b.cast(table, b.weights.dtype)
-            tables.append(self._per_row(table, 3))
+            tables.append(b.cast(table, b.weights.dtype))
         return tables[0], tables[1]
 
-    def _attention_mask(self, batch: ir.Value, mask: ir.Value, total: ir.Value) -> ir.Value:
+    def _attention_mask(self, mask: ir.Value, total: ir.Value) -> ir.Value:
         """Who sees whom, bool [rows, 1, L, prefix + total]."""
         b, n = self.b, self.b.constant([self.prefix_length])
         zero, one = b.constant(0), b.constant(1)
         visible = mask
         if self.prefix_length:
-            shape = b("Concat", batch, b.constant([self.prefix_length]), axis=0)
+            shape = b("Concat", b.dimension(mask, 0), b.constant([self.prefix_length]), axis=0)
             visible = b("Concat", b("Expand", b.constant([1]), shape), mask, axis=1)
         end = b("Squeeze", b("Add", total, n))
         keys = b("Range", zero, end, one)
@@ -73,13 +74,7 @@ class StandardOperators:
         visible = b("Unsqueeze", b.cast(visible, ir.DataType.BOOL), b.constant([1, 2]))
         # Padding sees at least itself: a softmax over nothing could spread NaN through its value.
         visible = b("Or", visible, b("Equal", keys, queries))
-        return self._per_row(b("And", visible, b("LessOrEqual", keys, queries)), 4)
-
-    def _per_row(self, x: ir.Value, rank: int) -> ir.Value:
-        """What holds for a sequence [B, ...], for each of its rows [P * B, ...]."""
-        if self.rows == 1:
-            return x
-        return self.b("Tile", x, self.b.constant([self.rows] + [1] * (rank - 1)))
+        return b("And", visible, b("LessOrEqual", keys, queries))
 
     def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value]):
         """Attention of one layer: its output, and the present keys and values."""
