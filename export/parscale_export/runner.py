@@ -112,6 +112,32 @@ class OnnxModel:
         parts = [cache.step(chunk, mask[:, :end])[0] for chunk, end in self._chunks(ids)]
         return np.concatenate(parts, axis=1)[0]
 
+    def continuation_logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
+        """Logits after a prompt and after each of some given tokens, one step at a time.
+
+        Returns:
+            float32 [1 + len(tokens), vocab]; any export can, with the last token's logits alone.
+        """
+        ids, _ = self._pad([[*prompt, *tokens]])
+        mask, first = np.ones_like(ids), len(prompt)
+        cache = self._start(1, ids.shape[1])
+        for chunk, end in self._chunks(ids[:, :first]):
+            results = cache.step(chunk, mask[:, :end])
+        rows = [results[0][0, -1]]
+        for n in range(first, ids.shape[1]):
+            rows.append(cache.step(ids[:, n : n + 1], mask[:, : n + 1])[0][0, -1])
+        return np.stack(rows)
+
+    @staticmethod
+    def describe(path: str | Path) -> dict[str, str]:
+        """An export's metadata: P, prefix length, layout, operators, precision, source, hashes.
+
+        Raises:
+            FileNotFoundError, ValueError: as for opening it.
+        """
+        file = find_graph(Path(path))
+        return _metadata(read_graph(file), file)
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],

@@ -1,0 +1,110 @@
+"""``parscale export-onnx``: a model folder to ONNX."""
+
+import json
+from pathlib import Path
+
+import click
+
+FLOATS = ("fp32", "fp16", "bf16")
+PRECISIONS = (*FLOATS, "int8", "int4")
+
+
+@click.command("export-onnx")
+@click.option(
+    "--model",
+    required=True,
+    metavar="DIR|NAME",
+    help="A published or converted model folder, or a name on the hub.",
+)
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="The folder to write.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["cuda", "cpu", "genai", "web"]),
+    help="Choose layout, operators and precision for this, and write what it reads.",
+)
+@click.option(
+    "--kv-layout",
+    type=click.Choice(["batch", "heads"]),
+    help="Streams as rows of the batch, or as heads, for generic runtimes.  [default: batch]",
+)
+@click.option(
+    "--ops",
+    type=click.Choice(["fused", "standard"]),
+    help="onnxruntime's fused operators, or ai.onnx opset 23 alone.  [default: fused]",
+)
+@click.option(
+    "--precision", type=click.Choice(PRECISIONS), help="Of the weight matrices.  [default: fp32]"
+)
+@click.option(
+    "--activations",
+    type=click.Choice(FLOATS),
+    help="Of all that is not quantised; by default the precision's.",
+)
+@click.option(
+    "--head-precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the projection to logits; by default the precision's, int8 for int4.",
+)
+@click.option(
+    "--embedding-precision",
+    type=click.Choice(PRECISIONS),
+    help="By default that of the activations.",
+)
+@click.option(
+    "--aggregator-precision",
+    type=click.Choice(PRECISIONS),
+    help="By default that of the activations.",
+)
+@click.option(
+    "--block-size",
+    type=click.Choice(["16", "32", "64", "128", "256"]),
+    default="32",
+    show_default=True,
+    help="Columns that share a scale, where weights are quantised.",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.IntRange(0, 4),
+    default=4,
+    show_default=True,
+    help="MatMulNBits' own: 4 rounds activations to 8 bits, 0 does not.",
+)
+@click.option("--all-logits", is_flag=True, help="Logits of every token, not of the last alone.")
+@click.option(
+    "--aggregation-weights", is_flag=True, help="A second output: how much each stream counts."
+)
+@click.option("--force", is_flag=True, help="Replace an existing export.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+def export_onnx(model, output, force, as_json, block_size, **options):
+    """Export a model to ONNX: graph, weights, configuration and tokenizer in one folder."""
+    from parscale_export import OnnxModel, export_onnx
+    from tqdm import tqdm
+
+    # None: shown where standard error is a terminal.
+    with tqdm(desc="writing", unit=" tensors", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        folder = export_onnx(
+            model, output, force=force, progress=progress, block_size=int(block_size), **options
+        )
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    about = OnnxModel.describe(folder)
+    size = sum(path.stat().st_size for path in files)
+    if as_json:
+        names = [str(path.relative_to(folder)) for path in files]
+        click.echo(json.dumps({"output": str(folder), "bytes": size, "files": names, **about}))
+        return
+    click.echo(
+        f"{folder}: P={about['streams']}, {about['kv_layout']} layout, {about['ops']} operators, "
+        f"{about['precision']}, {size / 1e6:.1f} MB"
+    )

@@ -1,0 +1,169 @@
+"""``parscale verify``: an ONNX export beside the model it was made from."""
+
+import json
+from pathlib import Path
+
+import click
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Water boils at one hundred degrees Celsius at sea level. On a mountain, where the air",
+    "Once upon a time there was a miller who had three sons, a mill, a donkey and a cat.",
+)
+# Of an export's precision: the largest logit difference, and the mean KL divergence in nats.
+TOLERANCES = {
+    "fp32": (1e-3, 1e-6),
+    "fp16": (0.25, 1e-3),
+    "bf16": (2.0, 2e-2),
+    "int8": (float("inf"), 2e-2),
+    "int4": (float("inf"), 0.4),
+}
+
+
+@click.command()
+@click.argument("export", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="DIR|NAME", help="The model it was made from.")
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Compare on this text; may be given several times.",
+)
+@click.option(
+    "-n",
+    "--tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Greedy tokens to follow each prompt.",
+)
+@click.option(
+    "--max-difference",
+    type=click.FloatRange(0),
+    metavar="LOGIT",
+    help="Largest logit difference to accept; by default it depends on the precision.",
+)
+@click.option(
+    "--max-kl",
+    type=click.FloatRange(0),
+    metavar="NATS",
+    help="Largest mean KL divergence to accept; by default likewise.",
+)
+@click.option("--provider", help="cpu, cuda, or an execution provider's full name.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+@click.pass_context
+def verify(ctx, export, against, prompts, tokens, max_difference, max_kl, provider, as_json):
+    """Compare an ONNX export with its model on real prompts; exit 1 where they differ too much."""
+    from parscale_export import OnnxModel
+
+    model = OnnxModel(export, provider)
+    reference = _Reference(against)
+    if (model.streams, model.vocab_size) != (reference.streams, reference.vocab_size):
+        raise ValueError(
+            f"{export} has P={model.streams} and {model.vocab_size} tokens, but {against} has "
+            f"P={reference.streams} and {reference.vocab_size}: it was made from another model"
+        )
+    report = _compare(model, reference, _token_ids(reference, prompts), tokens)
+    default_difference, default_kl = TOLERANCES[model.precision]
+    limit = default_difference if max_difference is None else max_difference
+    kl_limit = default_kl if max_kl is None else max_kl
+    report["within_tolerance"] = report["max_difference"] <= limit and report["mean_kl"] <= kl_limit
+    report["precision"] = model.precision
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print(report, limit, kl_limit)
+    if not report["within_tolerance"]:
+        ctx.exit(1)
+
+
+class _Reference:
+    """The model in MLX, in float32."""
+
+    def __init__(self, path_or_name: str):
+        from parscale_mlx import load_model
+        from parscale_mlx.load import find_folder
+
+        import mlx.core as mx
+
+        self.folder = find_folder(path_or_name)
+        self.model, config = load_model(self.folder, dtype=mx.float32)
+        self.streams, self.vocab_size = config.get("parscale_n", 1), config["vocab_size"]
+
+    def greedy(self, prompt: list[int], tokens: int):
+        """Greedy tokens, and the logits [tokens, vocab] that chose them."""
+        import mlx.core as mx
+        import numpy as np
+
+        cache, ids, logits = self.model.make_cache(), list(prompt), []
+        for _ in range(tokens):
+            last = self.model(mx.array([ids[-1:] if logits else ids]), cache=cache)[0, -1]
+            logits.append(np.array(last.astype(mx.float32)))
+            ids.append(int(logits[-1].argmax()))
+        return ids[len(prompt) :], np.stack(logits)
+
+
+def _token_ids(reference: _Reference, prompts: tuple[str, ...]) -> list[list[int]]:
+    file = reference.folder / "tokenizer.json"
+    if not file.is_file():
+        if prompts:
+            raise ValueError(f"{reference.folder}: no tokenizer.json to encode --prompt with")
+        click.echo("no tokenizer.json: comparing on arbitrary tokens", err=True)
+        return [[(17 * n * n + 5 * n + k) % reference.vocab_size for n in range(9 + 4 * k)]
+                for k in range(len(PROMPTS))]  # fmt: skip
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    return [ids for text in prompts or PROMPTS if (ids := tokenizer.encode(text).ids)]
+
+
+def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int) -> dict:
+    import numpy as np
+    from tqdm import tqdm
+
+    differences, divergences, parts = [], [], None
+    for n, prompt in enumerate(tqdm(prompts, desc="comparing", disable=None, leave=False)):
+        expected_tokens, expected = reference.greedy(prompt, tokens)
+        # Both follow the reference's tokens, so that one early difference does not hide the rest.
+        actual = model.continuation_logits(prompt, expected_tokens[:-1])
+        differences.append(float(np.abs(actual - expected).max()))
+        p, q = _log_softmax(expected), _log_softmax(actual)
+        divergences.append((np.exp(p) * (p - q)).sum(-1))
+        wrong = np.flatnonzero(actual.argmax(-1) != np.array(expected_tokens))
+        if parts is None and wrong.size:
+            parts = {"prompt": n, "token": int(wrong[0])}
+    every = np.concatenate(divergences)
+    return {
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "max_difference": max(differences),
+        "mean_kl": max(float(every.mean()), 0.0),
+        "max_kl": max(float(every.max()), 0.0),
+        "greedy_parts_at": parts,
+    }
+
+
+def _log_softmax(logits):
+    import numpy as np
+
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def _print(report: dict, limit: float, kl_limit: float) -> None:
+    parts = report["greedy_parts_at"]
+    click.echo(f"largest logit difference: {report['max_difference']:.3g}")
+    click.echo(f"KL divergence: {report['mean_kl']:.3g} nats, at most {report['max_kl']:.3g}")
+    click.echo(
+        f"greedy text: the same for {report['prompts']} prompts of {report['tokens']} tokens"
+        if parts is None
+        else f"greedy text: parts at token {parts['token'] + 1} after prompt {parts['prompt'] + 1}"
+    )
+    verdict = "within" if report["within_tolerance"] else "beyond"
+    click.echo(
+        f"{verdict} the tolerance of {report['precision']}: "
+        f"logits {limit:g}, KL divergence {kl_limit:g} nats"
+    )
