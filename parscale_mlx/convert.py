@@ -256,7 +256,8 @@ def _graft(
     """Graft streams onto ``model``; its new configuration, and the perplexity before and after."""
     config = graft.grafted_config(config, **sizes)
     tokenizer = load_tokenizer(folder, config)
-    pieces = graft.cut_pieces(tokenizer, text or graft.default_text(), **sizes)
+    text = graft.default_text() if text is None else text
+    pieces = graft.cut_pieces(tokenizer, text, **sizes)
     # The model to be written stays on disk, in its own type; this one is there to compute.
     runner, _ = load_model(folder)
     with _bar("Grafting", 2 * len(pieces.held_out), "window", progress) as bar:

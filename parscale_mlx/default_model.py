@@ -14,8 +14,8 @@ VARIABLE = "PARSCALE_CACHE"
 # Converting differently than before needs another folder.
 CONVERSION = 1
 # The file's blocks (Q4_1, Q8_0) are products and sums of float16 numbers: only float32 holds them
-# exactly, and it is also what the CPU computes in. MLX could hold them packed, but its CPU kernels
-# for that are 3 times slower than float32 for one token and 40 times for a prompt.
+# exactly, and it is also what the CPU computes in. MLX could hold them packed, but then its CPU
+# build reads a prompt some 20 times more slowly, and writes an answer more slowly too.
 DTYPE = "float32"
 
 

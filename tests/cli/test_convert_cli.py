@@ -1,11 +1,13 @@
 """``parscale convert``: what it prints, and how it fails."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import GOLDEN
 from parscale_cli.convert import convert
+
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def run(*arguments):
