@@ -98,7 +98,8 @@ class _Reference:
         import mlx.core as mx
         import numpy as np
 
-        cache, ids, logits = self.model.make_cache(), list(prompt), []
+        cache, ids = self.model.make_cache(), list(prompt)
+        logits: list[np.ndarray] = []
         for _ in range(tokens):
             last = self.model(mx.array([ids[-1:] if logits else ids]), cache=cache)[0, -1]
             logits.append(np.array(last.astype(mx.float32)))

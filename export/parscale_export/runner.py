@@ -265,6 +265,7 @@ class _Cache:
         self.model, self.pasts = model, buffers
         self.binding = model.session.io_binding()
         self.run_options = ort.RunOptions()
+        self.run_options.log_severity_level = 4
         if model.cuda_graph:
             self.run_options.add_run_config_entry("gpu_graph_id", "-1")
         # onnxruntime gives outputs back in the order in which they were first bound.

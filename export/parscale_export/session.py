@@ -79,7 +79,7 @@ def open_session(
         ValueError: the provider does not start, or cannot run the graph.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it would log comes as an exception
     # For quantised matrices in standard operators, which onnxruntime turns into MatMulNBits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
     if threads is not None:
