@@ -1,5 +1,6 @@
 """The model that is used where none is named, from a package, so that no network is needed."""
 
+import hashlib
 import importlib.util
 import os
 import sys
@@ -34,8 +35,7 @@ def default_model_folder(*, progress: bool = True) -> Path:
     """
     file = _packaged_file()
     cache = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("parscale"))
-    # A changed file has another size: block formats leave no room for the same one.
-    folder = cache / "models" / f"{file.stem}-{file.stat().st_size:x}-{CONVERSION}"
+    folder = cache / "models" / f"{file.stem}-{_fingerprint(file)}-{CONVERSION}"
     if folder.is_dir():
         return folder
     if progress and sys.stderr.isatty():
@@ -46,6 +46,14 @@ def default_model_folder(*, progress: bool = True) -> Path:
         if not folder.is_dir():
             raise
     return folder
+
+
+def _fingerprint(file: Path) -> str:
+    # Other weights of the same types fill a file of the same size, but not with the same end.
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - (1 << 20)))
+        return f"{size:x}-{hashlib.sha256(stream.read()).hexdigest()[:8]}"
 
 
 def _packaged_file() -> Path:
