@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from parscale_export.checkpoint import Checkpoint
 from parscale_export.config import Config
+from parscale_export.quantize import has_remainders, stored_columns
 from parscale_export.weights import BITS, Weights
 
 OPSET = 23
@@ -51,6 +52,7 @@ class Builder(ir.tape.Tape):
         self.config, self.options, self.weights = config, options, weights
         self._constants: dict[tuple, ir.Value] = {}
         self._tensors: dict[str, ir.Value] = {}
+        self._with_sums: dict[ir.Value, ir.Value] = {}
 
     def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any):
         return self.op(op, inputs, attributes, domain=domain)
@@ -116,6 +118,10 @@ class Builder(ir.tape.Tape):
     def _quantized_matmul(
         self, x: ir.Value, name: str, sources: tuple[str, ...], rows: int, columns: int, bits: int
     ) -> ir.Value:
+        size = self.options.block_size
+        if has_remainders(columns, bits, size):
+            x = self._with_block_sums(x, columns // size)
+            columns = stored_columns(columns, bits, size)
         if self.options.ops == "standard":
             codes, scales, zeros = self.weights.linear_codes(name, sources, (rows, columns), bits)
             weight = self(
@@ -129,6 +135,14 @@ class Builder(ir.tape.Tape):
             domain=MICROSOFT, K=columns, N=rows, bits=bits,
             block_size=self.options.block_size, accuracy_level=self.options.accuracy_level,
         )  # fmt: skip
+
+    def _with_block_sums(self, x: ir.Value, blocks: int) -> ir.Value:
+        """Inputs [B, L, columns], and after them the sum of each block; see ``quantize``."""
+        if x not in self._with_sums:
+            shape = self.constant([0, 0, blocks, self.options.block_size])
+            sums = self("ReduceSum", self("Reshape", x, shape), self.constant([-1]), keepdims=0)
+            self._with_sums[x] = self("Concat", x, sums, axis=-1)
+        return self._with_sums[x]
 
 
 def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
@@ -226,7 +240,9 @@ def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
     sources = (f"{name}.weight",)
     if b.options.embedding_precision in BITS:
         bits = BITS[b.options.embedding_precision]
-        codes, scales, zeros = b.weights.codes(name, sources, shape, bits)
+        # With 8 bits, the table may be the head's matrix too.
+        stored = name if bits == 8 else f"{name}.table"
+        codes, scales, zeros = b.weights.codes(stored, sources, shape, bits, remainders=False)
         table = b("Reshape", b.tensor(codes), b.constant([shape[0], -1]))
         points = [] if zeros is None else [b.tensor(zeros)]
         return b(

@@ -1,19 +1,26 @@
-"""Block-wise integer quantisation of matrices, for MatMulNBits and DequantizeLinear."""
+"""Block-wise integer quantisation of matrices, for MatMulNBits and DequantizeLinear.
+
+With 8 bits a block has a scale and is symmetric. With 4 bits it has a scale and an offset: its
+smallest and largest weight are both codes, as in MLX's affine mode and GGUF's Q4_1, which therefore
+come through unharmed. The operators' zero points are whole codes, so what an offset is beyond that
+(the remainder) is multiplied by the sum of the block's inputs. These sums are appended to the input
+and the remainders, quantised likewise, to the matrix, which grows by a column a block.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 
-ROWS_AT_ONCE = 1 << 24  # elements quantised at a time, so that temporaries stay small
+ELEMENTS_AT_ONCE = 1 << 24  # so that temporaries stay small beside the matrix
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """A quantised matrix [rows, columns]; weight = scale * (code - zero point).
+    """A quantised matrix [rows, columns], with a column for each remainder where there are any.
 
     Attributes:
         codes: uint8 [rows, blocks, block_size], one code a byte; the last block padded.
-        scales: float32 [rows, blocks].
+        scales: float32 [rows, blocks]; a weight is scale * (code - zero point).
         zero_points: uint8 [rows, blocks]; None stands for 2^(bits - 1).
     """
 
@@ -22,46 +29,42 @@ class Blocks:
     zero_points: np.ndarray | None
 
 
-def quantize(weight: np.ndarray, *, bits: int, block_size: int) -> Blocks:
-    """Round a matrix [rows, columns] to codes of 4 bits (asymmetric) or 8 (symmetric)."""
-    rows, columns = weight.shape
-    blocks = -(-columns // block_size)
-    step = max(1, ROWS_AT_ONCE // (blocks * block_size))
+def has_remainders(columns: int, bits: int, block_size: int) -> bool:
+    """Whether a matrix of so many columns is stored with remainders."""
+    return bits == 4 and columns % block_size == 0
+
+
+def stored_columns(columns: int, bits: int, block_size: int) -> int:
+    """How many columns a matrix has once its remainders are appended."""
+    return columns + (columns // block_size if has_remainders(columns, bits, block_size) else 0)
+
+
+def quantize(weight: np.ndarray, *, bits: int, block_size: int, remainders: bool = True) -> Blocks:
+    """Round a matrix [rows, columns] to codes of 4 bits (with offsets) or 8 (symmetric).
+
+    Args:
+        remainders: append them, where ``has_remainders``; a table that is looked up has no sums.
+    """
+    remainders = remainders and has_remainders(weight.shape[1], bits, block_size)
+    step = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
     parts = [
-        _quantize_rows(weight[start : start + step], bits, blocks, block_size)
-        for start in range(0, rows, step)
+        _quantize_rows(weight[start : start + step], bits, block_size, remainders)
+        for start in range(0, len(weight), step)
     ]
-    codes, scales, zeros = (
-        None if part[0] is None else np.concatenate(part) for part in zip(*parts, strict=True)
-    )
-    assert codes is not None and scales is not None
-    return Blocks(codes, scales, zeros)
-
-
-def _quantize_rows(weight: np.ndarray, bits: int, blocks: int, block_size: int):
-    rows, columns = weight.shape
-    padded = np.zeros((rows, blocks * block_size), np.float32)
-    padded[:, :columns] = weight
-    values = padded.reshape(rows, blocks, block_size)
-    top = 2**bits - 1
-    if bits == 8:
-        scales = np.abs(values).max(-1) / 127
-        scales[scales == 0] = 1
-        codes = np.rint(values / scales[..., None]) + 128
-        return np.clip(codes, 0, top).astype(np.uint8), scales, None
-    low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
-    scales = (high - low) / top
-    scales[scales == 0] = 1
-    zeros = np.clip(np.rint(-low / scales), 0, top)
-    codes = np.rint(values / scales[..., None]) + zeros[..., None]
-    return np.clip(codes, 0, top).astype(np.uint8), scales, zeros.astype(np.uint8)
+    return parts[0] if len(parts) == 1 else _joined(parts, axis=0)
 
 
 def dequantize(blocks: Blocks, columns: int, bits: int) -> np.ndarray:
-    """The float32 matrix [rows, columns] that the codes stand for."""
+    """The float32 matrix [rows, columns] that the codes stand for, remainders added."""
     zeros = 2 ** (bits - 1) if blocks.zero_points is None else blocks.zero_points[..., None]
     values = (blocks.codes.astype(np.float32) - zeros) * blocks.scales[..., None]
-    return values.reshape(len(values), -1)[:, :columns]
+    rows, _, block_size = values.shape
+    flat = values.reshape(rows, -1)
+    weight = flat[:, :columns]
+    if has_remainders(columns, bits, block_size):
+        remainders = flat[:, columns : columns + columns // block_size]
+        weight = weight + np.repeat(remainders, block_size, axis=1)
+    return weight
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -71,3 +74,48 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
     return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def _quantize_rows(weight: np.ndarray, bits: int, block_size: int, remainders: bool) -> Blocks:
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    padded = np.zeros((rows, blocks * block_size), np.float32)
+    padded[:, :columns] = weight
+    values = padded.reshape(rows, blocks, block_size)
+    if bits == 8:
+        return _symmetric(values)
+    if not remainders:
+        return _asymmetric(values, np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0))[0]
+    main, offsets = _asymmetric(values, values.min(-1), values.max(-1))
+    appended = np.zeros((rows, -(-blocks // block_size) * block_size), np.float32)
+    appended[:, :blocks] = offsets
+    appended = appended.reshape(rows, -1, block_size)
+    low, high = np.minimum(appended.min(-1), 0), np.maximum(appended.max(-1), 0)
+    return _joined([main, _asymmetric(appended, low, high)[0]], axis=1)
+
+
+def _symmetric(values: np.ndarray) -> Blocks:
+    scales = np.abs(values).max(-1) / 127
+    scales[scales == 0] = 1
+    codes = np.rint(values / scales[..., None]) + 128
+    return Blocks(np.clip(codes, 0, 255).astype(np.uint8), scales, None)
+
+
+def _asymmetric(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[Blocks, np.ndarray]:
+    """Four-bit codes from ``low`` to ``high``, and what each block's offset is beyond them."""
+    scales = (high - low) / 15
+    # A block of equal weights: one code, and the offset says which.
+    scales[scales == 0] = 1
+    zeros = np.clip(np.rint(-low / scales), 0, 15)
+    codes = np.clip(np.rint((values - low[..., None]) / scales[..., None]), 0, 15)
+    blocks = Blocks(codes.astype(np.uint8), scales, zeros.astype(np.uint8))
+    return blocks, low + zeros * scales
+
+
+def _joined(parts: list[Blocks], axis: int) -> Blocks:
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return Blocks(
+        np.concatenate([part.codes for part in parts], axis=axis),
+        np.concatenate([part.scales for part in parts], axis=axis),
+        np.concatenate(zeros, axis=axis) if zeros else None,
+    )

@@ -4,7 +4,7 @@ Every large tensor is an ``onnx_ir.LazyTensor``, so that saving the model holds 
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import ml_dtypes
 import numpy as np
@@ -56,24 +56,32 @@ class Weights:
         return lazy(name, shape, dtype or self.dtype, lambda: compute().astype(numpy_dtype))
 
     def codes(
-        self, name: str, sources: tuple[str, ...], shape: Sequence[int], bits: int
+        self,
+        name: str,
+        sources: tuple[str, ...],
+        shape: Sequence[int],
+        bits: int,
+        *,
+        remainders: bool = True,
     ) -> tuple[ir.LazyTensor, ir.LazyTensor, ir.LazyTensor | None]:
-        """A matrix [out, in] for MatMulNBits: packed codes, scales and (4 bits) zero points."""
+        """A matrix [out, in] for MatMulNBits: packed codes, scales and (4 bits) zero points.
+
+        ``shape`` is the stored one, with the columns of the remainders, if any (see ``quantize``).
+        """
         rows, columns = shape
         blocks = -(-columns // self.block_size)
         byte = ir.DataType.UINT8
+        quantized = partial(self._quantized, sources, bits, remainders)
         codes = lazy(
             f"{name}.codes", (rows, blocks, self.block_size * bits // 8), byte,
-            lambda: pack(self._quantized(sources, bits).codes, bits),
+            lambda: pack(quantized().codes, bits),
         )  # fmt: skip
-        scales = self.floats(
-            f"{name}.scales", (rows, blocks), lambda: self._quantized(sources, bits).scales
-        )
+        scales = self.floats(f"{name}.scales", (rows, blocks), lambda: quantized().scales)
         if bits == 8:
             return codes, scales, None
         zeros = lazy(
             f"{name}.zero_points", (rows, -(-blocks * bits // 8)), byte,
-            lambda: pack(_present(self._quantized(sources, bits).zero_points), bits),
+            lambda: pack(_present(quantized().zero_points), bits),
         )  # fmt: skip
         return codes, scales, zeros
 
@@ -83,14 +91,15 @@ class Weights:
         """A matrix [in, out] for DequantizeLinear blocked along axis 0: codes, scales, zeros."""
         rows, columns = shape
         blocks = -(-columns // self.block_size)
+        quantized = partial(self._quantized, sources, bits, True)
         dtype = ir.DataType.UINT8 if bits == 8 else ir.DataType.UINT4
 
         def codes() -> np.ndarray:
-            whole = self._quantized(sources, bits).codes
+            whole = quantized().codes
             return np.ascontiguousarray(whole.reshape(rows, -1)[:, :columns].T)
 
         def zeros() -> np.ndarray:
-            zero_points = self._quantized(sources, bits).zero_points
+            zero_points = quantized().zero_points
             if zero_points is None:
                 return np.full((blocks, rows), 2 ** (bits - 1), np.uint8)
             return np.ascontiguousarray(zero_points.T)
@@ -99,13 +108,15 @@ class Weights:
             lazy(f"{name}.codes", (columns, rows), dtype, codes),
             self.floats(
                 f"{name}.scales", (blocks, rows),
-                lambda: np.ascontiguousarray(self._quantized(sources, bits).scales.T),
+                lambda: np.ascontiguousarray(quantized().scales.T),
             ),
             lazy(f"{name}.zero_points", (blocks, rows), dtype, zeros),
         )  # fmt: skip
 
-    def _quantize(self, sources: tuple[str, ...], bits: int) -> Blocks:
-        return quantize(self.array(sources), bits=bits, block_size=self.block_size)
+    def _quantize(self, sources: tuple[str, ...], bits: int, remainders: bool) -> Blocks:
+        return quantize(
+            self.array(sources), bits=bits, block_size=self.block_size, remainders=remainders
+        )
 
 
 def lazy(
