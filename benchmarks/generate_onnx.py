@@ -1,0 +1,242 @@
+"""Prefill and decode speed of exported graphs: P streams beside P=1, and both beside others.
+
+    python benchmarks/generate_onnx.py [--streams 1,4,8] [--precision fp32] [--prompt 256] [--json]
+
+All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
+in one run, so that what else the machine does touches all of them. Times are medians; ratios are
+to the first side. Beside our fused graphs run:
+
+- naive: the standard operators, the P streams as a batch, past and present as separate arrays that
+  go through the host on every step;
+- genai: the graph that onnxruntime-genai's own builder makes for P=1, run by onnxruntime-genai
+  (where it, PyTorch and transformers are installed);
+- PyTorch: the structure of the published code, streams as rows of a batch, caches grown by
+  concatenation (where PyTorch and transformers are installed).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from parscale_export import OnnxModel, export_onnx
+from parscale_export.checkpoint import expected_shapes
+from parscale_export.config import read_config
+from safetensors.numpy import save_file
+
+PREFIX = 48
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 49152,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# A side starts a prompt and yields once for each token; the first yield ends the prefill.
+Side = Callable[[list[int], int], Iterator[object]]
+
+
+def write_checkpoint(folder: Path, config: dict, streams: int) -> Path:
+    """A random checkpoint; what does not depend on P is the same for every P."""
+    folder.mkdir()
+    fields = {"parscale_n": streams, "parscale_n_tokens": PREFIX}
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    shapes = expected_shapes(read_config(folder))
+    shared, own = np.random.default_rng(0), np.random.default_rng(streams)
+    tensors = {}
+    for name, shape in shapes.items():
+        if name.endswith("norm.weight"):
+            tensors[name] = np.ones(shape, np.float32)
+            continue
+        random = own if "prefix" in name or "aggregator" in name else shared
+        tensors[name] = random.standard_normal(shape, np.float32) * np.float32(0.02)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def runner_side(model: OnnxModel) -> Side:
+    return lambda ids, tokens: model.stream([ids], tokens)
+
+
+def naive_side(model: OnnxModel, streams: int) -> Side:
+    session = model.session
+    inputs = [value for value in session.get_inputs() if value.name.startswith("past")]
+    names = [output.name for output in session.get_outputs()]
+
+    def run(ids: list[int], tokens: int) -> Iterator[object]:
+        past = {
+            value.name: np.zeros((streams, value.shape[1], 0, value.shape[3]), np.float32)
+            for value in inputs
+        }
+        newest, length = np.array([ids]), 0
+        for _ in range(tokens):
+            length += newest.shape[1]
+            feed = {"input_ids": newest, "attention_mask": np.ones((1, length), np.int64)}
+            results = dict(zip(names, session.run(None, feed | past), strict=True))
+            past = {name: results[name.replace("past_key_values", "present")] for name in past}
+            newest = results["logits"][:, -1].argmax(-1)[:, None]
+            yield newest
+
+    return run
+
+
+def genai_side(checkpoint: Path, work: Path) -> Side:
+    import onnxruntime_genai as genai
+    from transformers import GPT2TokenizerFast
+
+    # The builder copies a tokenizer; any will do.
+    for name, content in (("vocab.json", '{"a": 0}'), ("merges.txt", "#version: 0.2\n")):
+        (checkpoint / name).write_text(content)
+    GPT2TokenizerFast.from_pretrained(checkpoint).save_pretrained(checkpoint)
+    output, cache = work / "genai", work / "genai-cache"
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    command += ["-i", str(checkpoint), "-o", str(output), "-c", str(cache)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode:
+        raise ImportError(f"its builder failed: {built.stderr.strip().splitlines()[-1]}")
+    model = genai.Model(str(output))
+
+    def run(ids: list[int], tokens: int) -> Iterator[object]:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(
+            do_sample=False, min_length=len(ids) + tokens, max_length=len(ids) + tokens
+        )
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(ids)
+        for _ in range(tokens):
+            generator.generate_next_token()
+            yield generator.get_next_tokens()
+
+    return run
+
+
+def torch_side(config: dict, streams: int) -> Side:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+    fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    shape = AutoConfig.for_model(config["model_type"], **fields)
+    model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
+    d, kv_heads = config["hidden_size"], config["num_key_value_heads"]
+    aggregate = torch.nn.Sequential(
+        torch.nn.Linear(streams * d, d), torch.nn.SiLU(), torch.nn.Linear(d, streams)
+    )
+
+    @torch.inference_mode()
+    def step(tokens, cache):
+        rows = tokens.expand(streams, -1)
+        h = model.model(rows, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+        if streams > 1:
+            h = torch.softmax(aggregate(h.reshape(1, -1)), dim=-1) @ h
+        return model.lm_head(h).argmax(dim=-1)[:1, None]
+
+    def run(ids: list[int], tokens: int) -> Iterator[object]:
+        cache = DynamicCache()
+        if streams > 1:
+            prefix = torch.zeros(streams, kv_heads, PREFIX, config["head_dim"])
+            for layer in range(config["num_hidden_layers"]):
+                cache.update(prefix, prefix, layer)
+        newest = torch.tensor([ids])
+        for _ in range(tokens):
+            newest = step(newest, cache)
+            yield newest
+
+    return run
+
+
+def build_sides(config: dict, counts: list[int], precision: str, work: Path) -> dict[str, Side]:
+    checkpoints = {n: write_checkpoint(work / f"p{n}", config, n) for n in counts}
+    sides: dict[str, Side] = {}
+    for streams, folder in checkpoints.items():
+        for kv_layout in ("batch", "heads") if streams > 1 else ("batch",):
+            output = work / f"{kv_layout}-{streams}"
+            export_onnx(folder, output, kv_layout=kv_layout, precision=precision)
+            sides[f"fused {kv_layout} P={streams}"] = runner_side(OnnxModel(output, "cpu"))
+    for streams, folder in checkpoints.items():
+        output = export_onnx(folder, work / f"naive-{streams}", ops="standard", precision=precision)
+        sides[f"naive P={streams}"] = naive_side(OnnxModel(output, "cpu"), streams)
+    if precision != "fp32":
+        return sides
+    try:
+        sides["genai P=1"] = genai_side(write_checkpoint(work / "plain", config, 1), work)
+    except ImportError as error:
+        print(f"genai is left out: {error}")
+    try:
+        for streams in counts:
+            sides[f"PyTorch P={streams}"] = torch_side(config, streams)
+    except ImportError as error:
+        print(f"PyTorch is left out: {error}")
+    return sides
+
+
+def measure(sides: dict[str, Side], ids: list[int], tokens: int, repeats: int) -> dict:
+    """Median seconds of a prefill and of one decoded token, the sides taking turns."""
+    times: dict = {name: {"prefill": [], "decode": []} for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            steps = side(ids, tokens + 1)
+            next(steps)
+            middle = time.perf_counter()
+            for _ in steps:
+                pass
+            end = time.perf_counter()
+            if turn > 0:  # the first turn warms up
+                times[name]["prefill"].append(middle - start)
+                times[name]["decode"].append((end - middle) / tokens)
+    return {
+        name: {phase: statistics.median(values) for phase, values in phases.items()}
+        for name, phases in times.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, help="a config.json to take the shape from")
+    parser.add_argument("--streams", default="1,4,8", help="numbers of streams (default 1,4,8)")
+    parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default fp32)")
+    parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured turns (default 5)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    config = json.loads(args.config.read_text()) if args.config else SMOLLM2
+    counts = [int(n) for n in args.streams.split(",")]
+    with tempfile.TemporaryDirectory() as work:
+        sides = build_sides(config, counts, args.precision, Path(work))
+        ids = [n % 1000 for n in range(args.prompt)]
+        results = measure(sides, ids, args.tokens, args.repeats)
+    if args.json:
+        print(json.dumps(results))
+        return
+    base = next(iter(results.values()))
+    print(f"\n{args.precision}, {os.cpu_count()} cores, {args.prompt} prompt tokens\n")
+    print(f"{'':20}{'prefill':>14}{'':>8}{'decode':>14}{'':>8}")
+    for name, result in results.items():
+        print(
+            f"{name:20}{args.prompt / result['prefill']:>8.1f} tok/s"
+            f"{result['prefill'] / base['prefill']:>7.2f}x"
+            f"{result['decode'] * 1e3:>9.2f} ms/t{result['decode'] / base['decode']:>8.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()
