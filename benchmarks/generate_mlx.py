@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import parscale_mlx  # before mlx: it loads a fast BLAS
+
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama, qwen2

@@ -1,7 +1,6 @@
 """Stop strings in text that comes in pieces."""
 
 import pytest
-
 from parscale_cli.answer import StopStrings
 
 

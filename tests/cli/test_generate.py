@@ -3,12 +3,12 @@
 import json
 import shutil
 
+from parscale_mlx import generate, load
+
 import mlx.core as mx
 import pytest
 from conftest import error_line, set_eos, write_tokenizer
 from safetensors.numpy import load_file
-
-from parscale_mlx import generate, load
 
 
 def tokens_of(result) -> list[int]:
