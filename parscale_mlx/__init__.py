@@ -9,6 +9,7 @@ from parscale_mlx.blas import preload
 
 preload()
 
+from parscale_mlx.adapter import load_adapter, with_streams  # noqa: E402
 from parscale_mlx.generation import batch_generate, generate, stream_generate  # noqa: E402
 from parscale_mlx.load import load, load_model  # noqa: E402
 from parscale_mlx.model import Model, ModelArgs  # noqa: E402
@@ -19,6 +20,8 @@ __all__ = [
     "batch_generate",
     "generate",
     "load",
+    "load_adapter",
     "load_model",
     "stream_generate",
+    "with_streams",
 ]

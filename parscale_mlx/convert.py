@@ -1,9 +1,7 @@
 """Convert a checkpoint to an MLX folder: types, quantisation, streams for a model without them."""
 
 import io
-import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -11,7 +9,6 @@ from pathlib import Path
 
 from parscale_mlx import checkpoint, gguf, graft, hub
 from parscale_mlx.load import (
-    TOKENIZER_FILES,
     find_folder,
     load_model,
     load_tokenizer,
@@ -20,11 +17,19 @@ from parscale_mlx.load import (
 )
 from parscale_mlx.model import Model, ModelArgs
 from parscale_mlx.model_card import write_card
+from parscale_mlx.model_folder import (
+    LAYOUTS,
+    copy_files,
+    dequantized,
+    dtype_name,
+    progress_bar,
+    write_model,
+)
+from parscale_mlx.output import check_output, place, working_folder
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm.utils import get_total_parameters, make_shards, quantize_model, save_config
-from tqdm import tqdm
+from mlx.utils import tree_flatten
+from mlx_lm.utils import get_total_parameters, quantize_model
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATION_MODES = {  # mode: its default group size and bits
@@ -33,7 +38,6 @@ QUANTIZATION_MODES = {  # mode: its default group size and bits
     "nvfp4": (16, 4),
     "mxfp8": (32, 8),
 }
-SHARD_GB = 2
 
 
 @dataclass
@@ -66,6 +70,7 @@ def convert(
     source: str | Path,
     output: str | Path,
     *,
+    to: str = "mlx",
     dtype: str | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
@@ -81,11 +86,12 @@ def convert(
     force: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Convert a checkpoint to an MLX folder that this package and mlx-lm's tools read.
+    """Convert a checkpoint to an MLX folder that this package and mlx-lm's tools read, or back.
 
     Args:
         source: a folder of safetensors or of PyTorch pickles, a GGUF file, or a name on the hub.
         output: the folder to write. It appears whole or not at all.
+        to: "mlx", or "hf" for what the published PyTorch classes load; never quantised.
         dtype: float32, float16 or bfloat16, for what is not quantised; by default the stored type.
         quantize: quantise all but the prefixes and the aggregator.
         q_bits, q_group_size, q_mode: as ``mlx.core.quantize``; by default what suits the mode.
@@ -109,6 +115,10 @@ def convert(
     output = Path(output).expanduser()
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if to not in LAYOUTS:
+        raise ValueError(f"to {to!r} is not one of {', '.join(LAYOUTS)}")
+    if to == "hf" and quantize:
+        raise ValueError("MLX's quantisation has no place in a Hugging Face checkpoint")
     cast = getattr(mx, dtype) if dtype else None
     quantization = check_quantization(q_bits, q_group_size, q_mode) if quantize else None
     if upload_repo and not dry_run:
@@ -121,8 +131,10 @@ def convert(
             model, config = _graft_blank(model, config, streams, prefix_tokens)
         if quantization is not None:
             model, config = _quantize(found, model, config, quantization, quantize_all)
+        if to == "hf":
+            model, config = dequantized(model, config)
         return _describe(output, model, config)
-    with _working_folder(output) as work, _naming(found, work / "source"):
+    with working_folder(output) as work, _naming(found, work / "source"):
         folder = _stage(found, work / "source", cast, progress)
         model, config = load_model(folder, lazy=True, dtype=cast)
         perplexities = None
@@ -131,12 +143,15 @@ def convert(
             config, perplexities = _graft(folder, model, config, text, progress, **sizes)
         if quantization is not None:
             model, config = _quantize(found, model, config, quantization, quantize_all)
+        if to == "hf":
+            model, config = dequantized(model, config)
         result = _describe(output, model, config, perplexities)
-        _write(work / "model", model, config, progress)
-        _copy_files(folder, work / "model")
-        name = upload_repo or output.name
-        write_card(work / "model", name=name, origin=found.path, hub_name=found.hub_name)
-        _place(work / "model", output, work / "replaced", force)
+        write_model(work / "model", model, config, to=to, progress=progress)
+        copy_files(folder, work / "model")
+        if to == "mlx":
+            name = upload_repo or output.name
+            write_card(work / "model", name=name, origin=found.path, hub_name=found.hub_name)
+        place(work / "model", output, work / "replaced", force=force)
     if upload_repo:
         result.uploaded_to = hub.upload(output, upload_repo)
     return result
@@ -174,22 +189,9 @@ def find_source(source: str | Path, revision: str | None = None) -> Source:
 
 
 def _check_output(output: Path, source: Source, force: bool) -> None:
-    if not output.exists():
-        return
-    if not force:
-        raise FileExistsError(f"{output} exists already (--force replaces it)")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise FileExistsError(f"{output} is not a model folder; --force replaces only those")
-    if source.path.resolve().is_relative_to(output.resolve()):
+    check_output(output, force=force)
+    if output.exists() and source.path.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"{output} holds the source; it cannot be replaced by what comes of it")
-
-
-@contextmanager
-def _working_folder(output: Path) -> Iterator[Path]:
-    # On the disk of the output, so that the result only has to be renamed.
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=parent) as work:
-        yield Path(work)
 
 
 @contextmanager
@@ -208,7 +210,7 @@ def _stage(source: Source, staged: Path, dtype: mx.Dtype | None, progress: bool)
     if source.is_gguf:
         file = gguf.open_gguf(source.path)
         size = sum(a.nbytes for a in gguf.outline(file, dtype).values())
-        with _bar("Reading", size, "B", progress) as bar:
+        with progress_bar("Reading", size, "B", progress) as bar:
             gguf.unpack_gguf(file, staged, dtype=dtype, on_bytes=bar.update)
         return staged
     read_config(source.path)
@@ -218,8 +220,8 @@ def _stage(source: Source, staged: Path, dtype: mx.Dtype | None, progress: bool)
         return source.path
     staged.mkdir()
     shutil.copyfile(source.path / "config.json", staged / "config.json")
-    _copy_files(source.path, staged)
-    with _bar("Reading", len(pickles), "file", progress) as bar:
+    copy_files(source.path, staged)
+    with progress_bar("Reading", len(pickles), "file", progress) as bar:
         for n, pickle in enumerate(pickles):
             weights = checkpoint.read_pickle(pickle)
             mx.save_safetensors(str(staged / f"model-{n:05d}.safetensors"), weights)
@@ -260,7 +262,7 @@ def _graft(
     pieces = graft.cut_pieces(tokenizer, text, **sizes)
     # The model to be written stays on disk, in its own type; this one is there to compute.
     runner, _ = load_model(folder)
-    with _bar("Grafting", 2 * len(pieces.held_out), "window", progress) as bar:
+    with progress_bar("Grafting", 2 * len(pieces.held_out), "window", progress) as bar:
         before = graft.perplexity(runner, pieces.held_out, bar.update)
         prefixes = graft.make_prefixes(runner, pieces.prefixes)
         graft.graft(runner, config, prefixes)
@@ -314,80 +316,10 @@ def _describe(
         parameters=parameters,
         bytes=size,
         bits_per_weight=size * 8 / parameters,
-        dtype=_dtype_name(model),
+        dtype=dtype_name(model),
         quantization=config.get("quantization"),
         streams=model.args.parscale_n,
         prefix_tokens=model.args.parscale_n_tokens if prefixes else 0,
         base_perplexity=before,
         perplexity=after,
-    )
-
-
-def _dtype_name(model: Model) -> str:
-    return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
-
-
-def _write(folder: Path, model: Model, config: dict, progress: bool) -> None:
-    """Write configuration and weights as mlx-lm's ``save`` does, a tensor at a time.
-
-    The model's own references to its weights are dropped, so that a weight can leave the memory as
-    soon as its shard is written.
-    """
-    folder.mkdir()
-    config = {key: value for key, value in config.items() if key != "auto_map"}
-    config["dtype" if "dtype" in config else "torch_dtype"] = _dtype_name(model)
-    save_config(config, folder / "config.json")
-    weights = dict(tree_flatten(model.parameters()))
-    size = sum(a.nbytes for a in weights.values())
-    shards = make_shards(weights, SHARD_GB)
-    metadata = {"total_size": size, "total_parameters": get_total_parameters(model)}
-    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
-    weights.clear()
-    weight_map: dict[str, str] = {}
-    count = len(shards)
-    with _bar("Writing", size, "B", progress) as bar:
-        for n in range(1, count + 1):
-            name = (
-                "model.safetensors" if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors"
-            )
-            shard = shards.pop(0)
-            for tensor in shard.values():
-                mx.eval(tensor)
-                bar.update(tensor.nbytes)
-            mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
-            weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
-
-
-def _copy_files(origin: Path, folder: Path) -> None:
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for file in origin.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
-def _place(new: Path, output: Path, replaced: Path, force: bool) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists():
-        if not force:
-            raise FileExistsError(f"{output} was made by another process meanwhile")
-        output.rename(replaced)
-    try:
-        new.rename(output)
-    except BaseException:
-        if replaced.exists():
-            replaced.rename(output)
-        raise
-
-
-def _bar(description: str, total: int, unit: str, progress: bool) -> tqdm:
-    # None: where standard error is a terminal.
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=None if progress else True,
-        leave=False,
     )

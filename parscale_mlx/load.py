@@ -1,10 +1,12 @@
 """Load a model from a folder or from the hub, as published or as converted."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from parscale_mlx import checkpoint
+from parscale_mlx.adapter import load_adapter, read_adapter_config, with_streams
 from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
 
 import mlx.core as mx
@@ -18,20 +20,29 @@ TOKENIZER_FILES = ("tokenizer*", "*token*.json", "*.jinja", "*.txt", "*.tiktoken
 
 
 def load(
-    path_or_name: str | Path, *, dtype: mx.Dtype | None = None, revision: str | None = None
+    path_or_name: str | Path,
+    *,
+    adapter_path: str | Path | None = None,
+    dtype: mx.Dtype | None = None,
+    revision: str | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model and its tokenizer.
 
     Args:
         path_or_name: a local folder, published or converted, or a name on the hub.
+        adapter_path: a stream adapter's folder. For several over one backbone, see
+            ``parscale_mlx.adapter``.
         dtype: see ``load_model``.
         revision: a branch, tag or commit of a hub repository.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as ``load_model``; or there is no tokenizer.
+        FileNotFoundError, ValueError, ImportError: as ``load_model``; or there is no tokenizer, or
+            the adapter is not one for this model.
     """
     folder = find_folder(path_or_name, revision=revision)
     model, config = load_model(folder, dtype=dtype)
+    if adapter_path is not None:
+        model = with_streams(model, load_adapter(adapter_path, backbone=folder))
     return model, load_tokenizer(folder, config)
 
 
@@ -142,6 +153,35 @@ def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Pat
             f"{name}: neither a folder here nor a model on the hub ({_one_line(error)[:120]})"
         ) from error
     return Path(folder)
+
+
+def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) -> Path | None:
+    """Of the stream adapters over a model, the one with as many streams as are wanted.
+
+    Args:
+        folder: the model's.
+        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
+        streams: None for the most that there are; 1 for the model without streams.
+
+    Returns:
+        The adapter's folder, or None for the model as it is.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: one is not a stream adapter, two have equally many streams, or neither the
+            model nor an adapter has as many as are wanted.
+    """
+    found: dict[int, Path | None] = {read_config(folder).get("parscale_n", 1): None}
+    for adapter in adapters or sorted((folder / "adapters").glob("*/")):
+        n = read_adapter_config(adapter).streams
+        if n in found:
+            raise ValueError(f"{found[n] or folder} and {adapter} both have {n} streams")
+        found[n] = adapter
+    wanted = max(found) if streams is None else streams
+    if wanted not in found:
+        there = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"no model or adapter here has {wanted} streams, only {there}")
+    return found[wanted]
 
 
 def model_classes(config: dict) -> tuple[type[Model], type[ModelArgs]]:

@@ -4,6 +4,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from parscale_mlx.model import Model
 
@@ -82,7 +83,11 @@ def load(file: Path, model: Model) -> tuple[list, list[int]]:
 
 
 def _signature(model: Model) -> str:
-    # The first tokens' embeddings tell apart two models of one architecture.
-    probe = model.model.embed_tokens(mx.arange(8)).sum(axis=-1).tolist()
+    # The first tokens' embeddings tell apart two models of one architecture, and the first
+    # layer's prefixes two adapters over one backbone.
+    probes = [model.model.embed_tokens(mx.arange(8)).sum(axis=-1)]
+    if model.args.parscale_n > 1:
+        probes.append(model.layers[0].self_attn.prefix_k.sum(axis=(1, 2, 3)))
+    probe: Any = mx.concatenate(probes).tolist()
     fields = {k: v for k, v in sorted(vars(model.args).items()) if not isinstance(v, dict)}
     return json.dumps([fields, [round(float(x), 3) for x in probe]])

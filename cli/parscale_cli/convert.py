@@ -1,4 +1,4 @@
-"""``parscale convert``: a checkpoint to an MLX folder."""
+"""``parscale convert``: a checkpoint to an MLX folder, or to a published one."""
 
 import dataclasses
 import json
@@ -16,6 +16,13 @@ import click
     metavar="DIR",
     type=click.Path(path_type=Path),
     help="The folder to write.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(["mlx", "hf"]),
+    default="mlx",
+    show_default=True,
+    help="For MLX, or for the published PyTorch classes (never quantised).",
 )
 @click.option(
     "--dtype",
@@ -66,7 +73,7 @@ import click
 def convert(
     source, output, q_bits, q_group_size, q_mode, text_file, prefix_tokens, as_json, **options
 ):
-    """Convert a checkpoint to an MLX folder.
+    """Convert a checkpoint to an MLX folder, or with --to hf back to a published one.
 
     SOURCE is a folder of safetensors or PyTorch pickles, a GGUF file, or a name on the hub.
     """
@@ -75,6 +82,8 @@ def convert(
         _need("--quantize", quantize_all=options["quantize_all"] or None)
     if options["streams"] is None:
         _need("--streams", prefix_tokens=prefix_tokens, text=text_file)
+    if options["to"] == "hf" and options["quantize"]:
+        raise click.UsageError("--quantize cannot go with --to hf: it is MLX's own quantisation")
     from parscale_mlx.convert import check_quantization
     from parscale_mlx.convert import convert as run
 

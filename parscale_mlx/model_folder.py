@@ -1,0 +1,116 @@
+"""Write a model's folder: as MLX holds it, or as the published PyTorch classes load it."""
+
+import json
+import shutil
+from pathlib import Path
+
+from parscale_mlx.graft import ARCHITECTURES
+from parscale_mlx.load import TOKENIZER_FILES
+from parscale_mlx.model import Model
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.utils import dequantize_model, get_total_parameters, make_shards, save_config
+from tqdm import tqdm
+
+SHARD_GB = 2
+LAYOUTS = {"mlx": "mlx", "hf": "pt"}  # name: what a safetensors file says of its format
+
+
+def write_model(
+    folder: Path, model: Model, config: dict, *, to: str = "mlx", progress: bool = False
+) -> None:
+    """Write configuration and weights as mlx-lm's ``save`` does, a tensor at a time.
+
+    The model's own references to its weights are dropped, so that a weight can leave the memory as
+    soon as its shard is written.
+
+    Args:
+        to: "mlx", or "hf" for the published names and the published order of the columns.
+    """
+    folder.mkdir()
+    save_config(_config_to_write(model, config, to), folder / "config.json")
+    weights = dict(tree_flatten(model.parameters()))
+    if to == "hf":
+        weights = published_weights(model)
+    size = sum(a.nbytes for a in weights.values())
+    shards = make_shards(weights, SHARD_GB)
+    metadata = {"total_size": size, "total_parameters": get_total_parameters(model)}
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    weights.clear()
+    weight_map: dict[str, str] = {}
+    count = len(shards)
+    with progress_bar("Writing", size, "B", progress) as bar:
+        for n in range(1, count + 1):
+            name = (
+                "model.safetensors" if count == 1 else f"model-{n:05d}-of-{count:05d}.safetensors"
+            )
+            shard = shards.pop(0)
+            for tensor in shard.values():
+                mx.eval(tensor)
+                bar.update(tensor.nbytes)
+            mx.save_safetensors(str(folder / name), shard, metadata={"format": LAYOUTS[to]})
+            weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
+
+
+def published_weights(model: Model) -> dict[str, mx.array]:
+    """A model's weights as they are published: what ``Model.sanitize`` takes back."""
+    published = {}
+    for name, value in dict(tree_flatten(model.parameters())).items():
+        if name == "model.aggregator.fc1.weight":
+            d, streams = value.shape[0], model.args.parscale_n
+            value = value.reshape(d, streams, -1).swapaxes(1, 2).reshape(d, -1)
+        name = name.replace("aggregator.fc1", "aggregate_layer.0")
+        published[name.replace("aggregator.fc2", "aggregate_layer.2")] = value
+    return published
+
+
+def dequantized(model: Model, config: dict) -> tuple[Model, dict]:
+    """A model without quantised weights, and its configuration.
+
+    Raises:
+        ValueError: no published class computes what this model does.
+    """
+    if model.args.rope_traditional:
+        raise ValueError("rope_traditional true has no counterpart in the published classes")
+    dequantize_model(model)
+    model.set_dtype(model.model.norm.weight.dtype)
+    return model, {k: v for k, v in config.items() if not k.startswith("quantization")}
+
+
+def copy_files(origin: Path, folder: Path) -> None:
+    """Copy what makes a folder's weights a usable model: tokenizer and generation settings."""
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+        for file in origin.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def dtype_name(model: Model) -> str:
+    """The type of a model's weights as ``config.json`` has it, those quantised left out."""
+    return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
+
+
+def progress_bar(description: str, total: int, unit: str, progress: bool) -> tqdm:
+    """A bar on standard error where that is a terminal, if it is wanted at all."""
+    # None: where standard error is a terminal.
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=None if progress else True,
+        leave=False,
+    )
+
+
+def _config_to_write(model: Model, config: dict, to: str) -> dict:
+    # The code that auto_map names is never copied along; an MLX folder has no use for it at all.
+    config = {key: value for key, value in config.items() if key != "auto_map" or to == "hf"}
+    config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(model)
+    if to == "hf" and model.args.parscale_n > 1:
+        family = model.args.model_type.removesuffix("_parscale")
+        config.setdefault("architectures", [ARCHITECTURES[family]])
+    return config

@@ -1,0 +1,112 @@
+"""Stream adapters on the command line: generate, chat and fuse; and convert --to hf."""
+
+import json
+import shutil
+from pathlib import Path
+
+import parscale_mlx
+from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
+
+import pytest
+from conftest import GOLDEN, error_line, write_tokenizer
+from safetensors.numpy import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> Path:
+    """Golden case p4 without its streams; they are its adapter, ``p4``."""
+    folder = tmp_path_factory.mktemp("models") / "backbone"
+    shutil.copytree(GOLDEN / "p4", folder)
+    write_tokenizer(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [k for k in weights if "prefix" in k or "aggregate" in k]:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 1}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(backbone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "p4"
+    model, _ = parscale_mlx.load_model(GOLDEN / "p4")
+    sha256 = fingerprint(backbone)
+    save_adapter(folder, take_streams(model, backbone="backbone", backbone_sha256=sha256))
+    return folder
+
+
+RUN = ("--prompt", "Hi", "-n", 9, "--json")
+
+
+def text(result) -> str:
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)["text"]
+
+
+def test_generate_with_an_adapter(parscale, model, backbone, adapter):
+    whole = text(parscale("generate", "--model", model, *RUN))
+    run = ("generate", "--model", backbone, *RUN)
+    plain = text(parscale(*run))
+    assert plain != whole
+    assert text(parscale(*run, "--adapter", adapter)) == whole
+    assert text(parscale(*run, "--adapter", adapter, "--streams", 4)) == whole
+    assert text(parscale(*run, "--adapter", adapter, "--streams", 1)) == plain
+
+
+def test_adapters_that_came_with_the_model(parscale, model, backbone, adapter, tmp_path):
+    folder = shutil.copytree(backbone, tmp_path / "m")
+    shutil.copytree(adapter, folder / "adapters" / "four")
+    run = ("generate", "--model", folder, *RUN)
+    assert text(parscale(*run)) == text(parscale("generate", "--model", model, *RUN))
+    assert text(parscale(*run, "--streams", 1)) == text(
+        parscale("generate", "--model", backbone, *RUN)
+    )
+
+
+def test_chat_with_an_adapter(parscale, model, backbone, adapter):
+    run = ("chat", "-n", 9, "--model")
+    whole = parscale(*run, model, input="Hi\n")
+    assert whole.exit_code == 0
+    assert parscale(*run, backbone, "--adapter", adapter, input="Hi\n").stdout == whole.stdout
+
+
+def test_adapters_that_do_not_suit(parscale, model, plain_model, backbone, adapter):
+    result = parscale("generate", "--model", plain_model, *RUN, "--adapter", adapter)
+    assert result.exit_code == 1 and "belongs to another backbone" in error_line(result)
+    result = parscale("generate", "--model", model, *RUN, "--streams", 2)
+    assert result.exit_code == 1 and "has 2 streams, only 4" in error_line(result)
+    result = parscale("generate", "--model", backbone, *RUN, "--adapter", backbone)
+    assert result.exit_code == 1 and "not a stream adapter" in error_line(result)
+    result = parscale("generate", "--model", backbone, *RUN, "--adapter", "/nowhere")
+    assert result.exit_code == 2 and "--adapter" in error_line(result)
+
+
+def test_a_prompt_cache_of_another_adapter(parscale, backbone, adapter, tmp_path):
+    other = shutil.copytree(adapter, tmp_path / "other")
+    weights = load_file(other / "adapters.safetensors")
+    weights["model.layers.0.self_attn.prefix_k"] *= 1.1
+    save_file(weights, other / "adapters.safetensors")
+    run = ("generate", "--model", backbone, *RUN, "--prompt-cache", tmp_path / "c.safetensors")
+    assert parscale(*run, "--adapter", adapter).exit_code == 0
+    assert "another model" in error_line(parscale(*run, "--adapter", other))
+
+
+def test_fuse(parscale, model, backbone, adapter, tmp_path):
+    out = tmp_path / "out"
+    run = ("fuse", "--model", backbone, "--adapter", adapter, "-o", out)
+    result = parscale(*run)
+    assert (result.exit_code, result.stdout) == (0, f"Wrote {out}\n")
+    assert text(parscale("generate", "--model", out, *RUN)) == text(
+        parscale("generate", "--model", model, *RUN)
+    )
+    assert "exists already" in error_line(parscale(*run))
+    assert parscale(*run, "--force").exit_code == 0
+
+
+def test_convert_to_the_published_layout(parscale, model, tmp_path):
+    assert parscale("convert", model, "-o", tmp_path / "hf", "--to", "hf").exit_code == 0
+    weights, golden = (load_file(f / "model.safetensors") for f in (tmp_path / "hf", GOLDEN / "p4"))
+    assert weights.keys() == golden.keys()
+    result = parscale("convert", model, "-o", tmp_path / "q", "--to", "hf", "-q")
+    assert result.exit_code == 2 and "--to hf" in error_line(result)
