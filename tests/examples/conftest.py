@@ -1,0 +1,39 @@
+"""Golden cases exported once for each kind of runtime, with a tokenizer whose words are ids."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cases import variant
+from parscale_export import export_onnx
+from running import EXAMPLES, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory) -> Callable[..., Path]:
+    """Export a golden case, once for each set of ``export_onnx``'s options."""
+    made: dict[str, Path] = {}
+
+    def make(case: str, **options) -> Path:
+        name = "-".join([case, *map(str, options.values())])
+        if name not in made:
+            folder = tmp_path_factory.mktemp("examples")
+            # Some golden tokens are the checkpoint's end of text, where examples would stop.
+            source = variant(folder / "model", case, eos_token_id=0)
+            write_tokenizer(source)
+            made[name] = export_onnx(source, folder / name, **options)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def node() -> str:
+    """Node.js, where the packages of the JavaScript examples are installed."""
+    program = shutil.which("node")
+    if program is None:
+        pytest.skip("needs Node.js")
+    if not (EXAMPLES / "node_modules").is_dir():
+        pytest.skip("needs npm ci in examples/")
+    return program

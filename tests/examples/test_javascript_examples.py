@@ -1,0 +1,16 @@
+"""The examples in JavaScript; their packages are the lock file's."""
+
+import json
+
+import pytest
+from running import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kv_layout", ["batch", "heads"])
+def test_onnxruntime_node(export, node, case, kv_layout):
+    folder = export(case, kv_layout=kv_layout)
+    prompt, answer = prompt_and_answer(case)
+    script = EXAMPLES / "node" / "generate.js"
+    assert json.loads(run(node, script, folder, *tokens_option(prompt))) == answer
+    assert run(node, script, folder, words(prompt), "--max-tokens", 12) == words(answer)
