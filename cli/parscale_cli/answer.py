@@ -25,9 +25,19 @@ class Piece:
 
 
 class Runtime(Protocol):
-    """A loaded model, whichever engine runs it."""
+    """A loaded model, whichever engine runs it.
+
+    Attributes:
+        streams: P.
+        keep_cache: hold on to the KV cache of one answer for the next, where the engine can.
+    """
 
     tokenizer: Any
+    streams: int
+    keep_cache: bool
+
+    def require_streams(self) -> None:
+        """Raise ValueError where the streams' weights cannot be had."""
 
     def answer(
         self, prompts: list[list[int]], sampling: Sampling, *, with_streams: bool

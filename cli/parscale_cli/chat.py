@@ -9,6 +9,7 @@ import click
 from parscale_cli import show
 from parscale_cli.adapters import adapter_options
 from parscale_cli.prompts import encode
+from parscale_cli.runtime import open_runtime, runtime_options
 from parscale_cli.sampling import Sampling, sampling_options, take_sampling
 
 HELP = """\
@@ -33,13 +34,15 @@ Ctrl-C    stop the answer, keep what there is of it"""
     type=click.IntRange(5),
     help="Keep about this many tokens in a rotating KV cache, besides the prefix.",
 )
-@click.option("--show-streams", is_flag=True, help="Begin with /streams on.")  # fmt: skip
-def chat(model, adapters, streams, system, max_kv_size, show_streams, **options):
+@runtime_options
+@click.option("--show-streams", is_flag=True, help="Begin with /streams on.")
+@click.pass_context
+def chat(ctx, model, runtime, system, show_streams, **options):
     """Talk with a model; /help lists what can be typed besides."""
     sampling = take_sampling(options)
-    from parscale_cli.run_mlx import MlxRuntime
-
-    runtime = MlxRuntime(model, adapters=adapters, streams=streams, max_kv_size=max_kv_size)
+    runtime = open_runtime(ctx, model, runtime, options)
+    if show_streams:
+        runtime.require_streams()
     if not runtime.tokenizer.chat_template:
         raise click.ClickException(
             "this model has no chat template: use parscale generate, or an instruction-tuned model"
@@ -60,10 +63,7 @@ def chat(model, adapters, streams, system, max_kv_size, show_streams, **options)
                 conversation = _opening(system)
                 click.echo("conversation forgotten", err=True)
             case "/streams":
-                show_streams = not show_streams
-                click.echo(f"streams {'shown' if show_streams else 'hidden'}", err=True)
-                if show_streams:
-                    click.echo(show.legend(runtime.model.args.parscale_n), err=True)
+                show_streams = _toggle_streams(runtime, show_streams)
             case command if command.startswith("/"):
                 click.echo(f"{command.split()[0]}: not a command; /help lists them", err=True)
             case message:
@@ -74,6 +74,19 @@ def chat(model, adapters, streams, system, max_kv_size, show_streams, **options)
 
 def _opening(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _toggle_streams(runtime, shown: bool) -> bool:
+    if shown:
+        click.echo("streams hidden", err=True)
+        return False
+    try:
+        runtime.require_streams()
+    except ValueError as error:
+        click.echo(error, err=True)
+        return False
+    click.echo(f"streams shown\n{show.legend(runtime.streams)}", err=True)
+    return True
 
 
 def _edit_lines() -> None:

@@ -8,8 +8,8 @@ import click
 
 from parscale_cli import show
 from parscale_cli.adapters import adapter_options
-from parscale_cli.answer import Runtime
 from parscale_cli.prompts import encode, read_prompts
+from parscale_cli.runtime import open_runtime, runtime_options
 from parscale_cli.sampling import sampling_options, take_sampling
 
 
@@ -82,15 +82,23 @@ from parscale_cli.sampling import sampling_options, take_sampling
     "--show-streams", is_flag=True, help="Show which stream spoke loudest for each token."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt.")
-@click.option("--quiet", is_flag=True, help="No statistics on standard error.")  # fmt: skip
-def generate(texts, prompts_file, system, use_template, show_streams, as_json, quiet, **options):
+@click.option("--quiet", is_flag=True, help="No statistics on standard error.")
+@runtime_options
+@click.pass_context
+def generate(
+    ctx, model, runtime, texts, prompts_file, system, use_template, show_streams, as_json, quiet,
+    **options,
+):  # fmt: skip
     """Generate text; statistics go to standard error."""
     sampling = take_sampling(options)
     prompts = read_prompts(texts, prompts_file)
     many = len(prompts) > 1
     if many and show_streams and not as_json:
         raise click.UsageError("--show-streams of several prompts needs --json")
-    runtime = _open_runtime(options, many)
+    _check_together(options, many)
+    runtime = open_runtime(ctx, model, runtime, options)
+    if show_streams:
+        runtime.require_streams()
     ids = [
         encode(runtime.tokenizer, prompt, system=system, use_template=use_template)
         for prompt in prompts
@@ -114,9 +122,7 @@ def generate(texts, prompts_file, system, use_template, show_streams, as_json, q
         stats.print()
 
 
-def _open_runtime(options: dict, many: bool) -> Runtime:
-    from parscale_cli.run_mlx import MlxRuntime
-
+def _check_together(options: dict, many: bool) -> None:
     single_only = ("prompt_cache", "kv_bits", "max_kv_size", "draft_model")
     for name in single_only:
         if many and options[name] is not None:
@@ -125,4 +131,3 @@ def _open_runtime(options: dict, many: bool) -> Runtime:
         for name in ("prompt_cache", "max_kv_size"):
             if options[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} cannot go with --draft-model")
-    return MlxRuntime(**options)

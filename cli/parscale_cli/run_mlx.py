@@ -56,6 +56,7 @@ class MlxRuntime:
         folder = find_folder(model or default_model_folder())
         adapter = find_adapter(folder, adapters, streams)
         self.model, self.tokenizer = load(folder, adapter_path=adapter)
+        self.streams = self.model.args.parscale_n
         self.cache_file, self.max_kv_size = prompt_cache, max_kv_size
         self.keep_cache = False
         self.kept: tuple[list, list[int]] | None = None
@@ -74,6 +75,9 @@ class MlxRuntime:
                     f"tokens is not the model's of {self.tokenizer.vocab_size}"
                 )
             self.options |= {"draft_model": draft, "num_draft_tokens": num_draft_tokens}
+
+    def require_streams(self) -> None:
+        return
 
     def answer(
         self, prompts: list[list[int]], sampling: Sampling, *, with_streams: bool

@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from parscale_export.sampling import Sampling, choose
-from parscale_export.session import CUDA, choose_provider, find_graph, open_session, read_graph
+from parscale_export.session import (
+    CUDA,
+    choose_provider,
+    find_graph,
+    metadata,
+    open_session,
+    read_graph,
+)
 
 
 class Token(NamedTuple):
@@ -30,6 +36,7 @@ class OnnxModel:
         path: the export's folder, or its .onnx file.
         provider: "cpu", "cuda" or an execution provider's full name; by default CUDA where there
             is a device, else the CPU.
+        streams: the P of the graph to open, where a folder holds several; by default model.onnx.
         device_id: which CUDA device.
         threads: threads of an operator on the CPU; by default one a core.
         prefill_chunk: tokens of a prompt to compute at a time, where the graph takes chunks.
@@ -39,6 +46,7 @@ class OnnxModel:
         streams: P.
         prefix_length: entries of the cache that are not tokens; 0 where P is 1.
         provider: the execution provider's full name.
+        aggregation_weights: whether the graph gives the streams' weights.
 
     Raises:
         FileNotFoundError: no graph there, or no external data.
@@ -51,14 +59,15 @@ class OnnxModel:
         path: str | Path,
         provider: str | None = None,
         *,
+        streams: int | None = None,
         device_id: int = 0,
         threads: int | None = None,
         prefill_chunk: int = 512,
         cuda_graph: bool = False,
     ):
-        self.file = find_graph(Path(path))
+        self.file = find_graph(Path(path), streams)
         graph = read_graph(self.file)
-        about = _metadata(graph, self.file)
+        about = metadata(graph, self.file)
         self.streams, self.prefix_length = int(about["streams"]), int(about["prefix_length"])
         self.kv_layout, self.ops = about["kv_layout"], about["ops"]
         self.precision = about["precision"]
@@ -94,6 +103,7 @@ class OnnxModel:
         self._outputs = [
             value.name for value in graph.graph.output if not value.name.startswith("present.")
         ]
+        self.aggregation_weights = "aggregation_weights" in self._outputs
         self.vocab_size = graph.graph.output[0].type.tensor_type.shape.dim[2].dim_value
         self._buffers: list[ort.OrtValue] = []
 
@@ -129,14 +139,14 @@ class OnnxModel:
         return np.stack(rows)
 
     @staticmethod
-    def describe(path: str | Path) -> dict[str, str]:
+    def describe(path: str | Path, streams: int | None = None) -> dict[str, str]:
         """An export's metadata: P, prefix length, layout, operators, precision, source, hashes.
 
         Raises:
             FileNotFoundError, ValueError: as for opening it.
         """
-        file = find_graph(Path(path))
-        return _metadata(read_graph(file), file)
+        file = find_graph(Path(path), streams)
+        return metadata(read_graph(file), file)
 
     def generate(
         self,
@@ -299,15 +309,3 @@ class _Cache:
         if not model.shares_buffer:
             self.pasts = values[count:]
         return [value.numpy() for value in values[:count]]
-
-
-def _metadata(graph: onnx.ModelProto, file: Path) -> dict[str, str]:
-    prefix = "parscale."
-    about = {
-        entry.key.removeprefix(prefix): entry.value
-        for entry in graph.metadata_props
-        if entry.key.startswith(prefix)
-    }
-    if "kv_layout" not in about:
-        raise ValueError(f"{file}: not a graph that parscale export-onnx wrote")
-    return about

@@ -13,24 +13,67 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA = PROVIDERS["cuda"]
 
 
-def find_graph(path: Path) -> Path:
+def find_graph(path: Path, streams: int | None = None) -> Path:
     """The .onnx file that ``path`` is, or that is in the folder ``path``.
+
+    Args:
+        streams: the P that the graph shall have; by default it is model.onnx, or the first.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is another kind of file.
+        ValueError: it is another kind of file, or none has so many streams.
     """
     if path.is_file():
         if path.suffix != ".onnx":
             raise ValueError(f"{path}: not an .onnx file")
-        return path
-    if not path.is_dir():
+        found = [path]
+    elif path.is_dir():
+        found = sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
+        # By name, so that model.onnx comes before model_p2.onnx.
+        found.sort(key=lambda file: file.stem)
+    else:
         raise FileNotFoundError(f"{path}: no such file or folder")
-    found = [path / "model.onnx"] if (path / "model.onnx").is_file() else []
-    found = found or sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
     if not found:
         raise FileNotFoundError(f"{path}: no model.onnx in this folder")
-    return found[0]
+    if streams is None:
+        return found[0]
+    counts = {int(metadata(load_graph(file), file)["streams"]): file for file in reversed(found)}
+    if streams not in counts:
+        there = ", ".join(map(str, sorted(counts)))
+        raise ValueError(f"{path}: no graph of P={streams}, only of P={there}")
+    return counts[streams]
+
+
+def load_graph(file: Path) -> onnx.ModelProto:
+    """A graph without its weights.
+
+    Raises:
+        ValueError: the file is none.
+    """
+    try:
+        model = onnx.load(str(file), load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ValueError(f"{file}: not an ONNX graph") from error
+    if not model.graph.node:
+        raise ValueError(f"{file}: not an ONNX graph")
+    return model
+
+
+def metadata(graph: onnx.ModelProto, file: Path) -> dict[str, str]:
+    """What ``export_onnx`` noted in a graph, without the names' common beginning.
+
+    Raises:
+        ValueError: it did not write this graph.
+    """
+    prefix = "parscale."
+    about = {
+        entry.key.removeprefix(prefix): entry.value
+        for entry in graph.metadata_props
+        if entry.key.startswith(prefix)
+    }
+    if "kv_layout" not in about:
+        raise ValueError(f"{file}: not a graph that parscale export-onnx wrote")
+    return about
 
 
 def read_graph(file: Path) -> onnx.ModelProto:
@@ -40,12 +83,7 @@ def read_graph(file: Path) -> onnx.ModelProto:
         FileNotFoundError: the external data is missing.
         ValueError: not an ONNX graph, or external data that is truncated or outside its folder.
     """
-    try:
-        model = onnx.load(str(file), load_external_data=False)
-    except (DecodeError, ValueError) as error:
-        raise ValueError(f"{file}: not an ONNX graph") from error
-    if not model.graph.node:
-        raise ValueError(f"{file}: not an ONNX graph")
+    model = load_graph(file)
     ends: dict[str, int] = {}
     for tensor in model.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -1,0 +1,175 @@
+"""``parscale generate`` and ``chat`` on onnxruntime: the same text as in MLX, and refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import error_line, set_eos
+from parscale_export import export_onnx
+
+
+@pytest.fixture(scope="session")
+def export(model, tmp_path_factory):
+    """The tiny model with a chat template as ONNX, with the streams' weights."""
+    return export_onnx(model, tmp_path_factory.mktemp("onnx") / "p4", aggregation_weights=True)
+
+
+@pytest.fixture(scope="session")
+def plain_export(plain_model, tmp_path_factory):
+    return export_onnx(plain_model, tmp_path_factory.mktemp("onnx") / "p1")
+
+
+@pytest.fixture
+def both(parscale, model, export):
+    """Run one command line in MLX and on onnxruntime."""
+
+    def run(*arguments, input=None):
+        return [
+            parscale(*arguments, "--model", folder, "--runtime", runtime, input=input)
+            for runtime, folder in (("mlx", model), ("onnx", export))
+        ]
+
+    return run
+
+
+def answers_of(result) -> list[dict]:
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    for answer in answers:
+        stats = answer.pop("stats")
+        assert stats["peak_memory"] > 0
+        answer["stats"] = {name: stats[name] for name in ("prompt_tokens", "generation_tokens")}
+    return answers
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-p", "Hi", "-n", 9),
+        ("-p", "Hi", "-n", 9, "--system", "Be brief"),
+        ("-p", "Hi", "-n", 9, "--no-chat-template"),
+        ("-p", "Hi", "-p", "A longer prompt", "-p", "x", "-n", 12),
+        ("-p", "Hi", "-n", 30, "--repetition-penalty", 1.5, "--presence-penalty", 0.5),
+    ],
+)
+def test_the_same_text_as_mlx(both, arguments):
+    mlx, onnx = both("generate", *arguments, "--json")
+    assert answers_of(onnx) == answers_of(mlx)
+    mlx, onnx = both("generate", *arguments, "--quiet")
+    assert sorted(onnx.stdout.split("\n\n")) == sorted(mlx.stdout.split("\n\n"))
+
+
+@pytest.mark.parametrize("more", [[], ["-p", "Hello"]])
+def test_stop_strings(both, more):
+    mlx, _ = both("generate", "-p", "Hi", "-n", 30, "--json")
+    text = answers_of(mlx)[0]["text"]
+    run = ("generate", "-p", "Hi", *more, "-n", 30, "--json", "--stop", text[8:10], "--stop", "@@")
+    mlx, onnx = map(answers_of, both(*run))
+    assert onnx == mlx
+    assert onnx[0]["text"] == text[: text.index(text[8:10])]
+    assert onnx[0]["finish_reason"] == "stop"
+
+
+def test_the_end_of_text(parscale, model, export, tmp_path):
+    (plain,) = answers_of(parscale("generate", "--model", model, "-p", "Hi", "-n", 12, "--json"))
+    end = plain["tokens"][5]["id"]
+    ending, exported = tmp_path / "ending", tmp_path / "exported"
+    shutil.copytree(model, ending)
+    shutil.copytree(export, exported)
+    set_eos(ending, end)
+    # What generation_config.json says counts, as it does in MLX.
+    for folder in (ending, exported):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 3]}))
+    run = ("generate", "-p", "Hi", "-p", "Hello", "-n", 12, "--json", "--model")
+    answers = answers_of(parscale(*run, exported))
+    assert answers == answers_of(parscale(*run, ending))
+    assert answers[0]["finish_reason"] == "stop"
+    assert answers[0]["tokens"][-1]["id"] == end
+
+
+def test_seeded_sampling_repeats_itself(parscale, export):
+    run = ("generate", "--model", export, "-p", "Hi", "-p", "Hello", "-n", 12, "--json")
+    run += ("--temp", 1.5, "--top-p", 0.95, "--top-k", 50, "--min-p", 0.01, "--seed")
+    first = answers_of(parscale(*run, 1))
+    assert answers_of(parscale(*run, 1)) == first
+    assert answers_of(parscale(*run, 2)) != first
+
+
+def test_streams(both):
+    run = ("generate", "-p", "Hi", "-n", 5, "--show-streams")
+    mlx, onnx = both(*run)
+    for ours, theirs in zip(onnx.stdout.splitlines(), mlx.stdout.splitlines(), strict=True):
+        (stream, weight, token), expected = ours.split("\t"), theirs.split("\t")
+        assert [stream, token] == [expected[0], expected[2]]
+        assert float(weight) == pytest.approx(float(expected[1]), abs=2e-3)
+    for more in ([], ["-p", "Hello there"]):
+        mlx, onnx = (answers_of(result)[0] for result in both(*run, *more, "--json"))
+        for ours, theirs in zip(onnx["tokens"], mlx["tokens"], strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_an_export_needs_no_runtime_option(parscale, plain_model, plain_export):
+    run = ("generate", "-p", "Hi", "-n", 5, "--quiet", "--model")
+    onnx = parscale(*run, plain_export, "--threads", 1)
+    assert onnx.exit_code == 0
+    assert onnx.stdout == parscale(*run, plain_model).stdout
+
+
+def test_chat(both):
+    mlx, onnx = both("chat", "-n", 6, input="hello\n/streams\nagain\n/reset\nhello\n")
+    assert onnx.exit_code == 0
+    assert onnx.stdout == mlx.stdout
+    assert onnx.stderr == mlx.stderr
+
+
+def test_mlx_is_not_imported(export):
+    code = (
+        "import sys; sys.modules['mlx'] = None; from parscale_cli.main import cli;"
+        f"cli(['generate', '--model', {str(export)!r}, '-p', 'Hi', '-n', '2'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--kv-bits", 8), ("--kv-group-size", 64), ("--max-kv-size", 9), ("--draft-model", "x"),
+        ("--prompt-cache", "x"), ("--quantized-kv-start", 1),
+    ],
+)  # fmt: skip
+def test_options_of_mlx_alone(parscale, export, option):
+    result = parscale("generate", "--model", export, "-p", "Hi", *option)
+    assert result.exit_code == 2
+    assert f"{option[0]} is an option of --runtime mlx" in error_line(result)
+
+
+@pytest.mark.parametrize("option", [("--provider", "cpu"), ("--device-id", 0), ("--threads", 2)])
+def test_options_of_onnxruntime_alone(parscale, model, option):
+    for command in (("generate", "-p", "Hi"), ("chat",)):
+        result = parscale(*command, "--model", model, *option)
+        assert result.exit_code == 2
+        assert f"{option[0]} is an option of --runtime onnx" in error_line(result)
+
+
+def test_refusals(parscale, model, export, plain_export, tmp_path):
+    run = ("generate", "-p", "Hi", "--runtime", "onnx")
+    missing = parscale(*run)
+    assert missing.exit_code == 2
+    assert "--runtime onnx needs --model" in error_line(missing)
+    assert "no model.onnx in this folder" in error_line(parscale(*run, "--model", model))
+    assert "tpu" in error_line(parscale(*run, "--model", export, "--provider", "tpu"))
+    streams = error_line(parscale(*run, "--model", plain_export, "--show-streams"))
+    assert "without --aggregation-weights" in streams
+    chat = parscale("chat", "--model", export, "-n", 1, input="/streams\n/quit\n")
+    assert "streams shown" in chat.stderr
+    bare = tmp_path / "bare"
+    shutil.copytree(export, bare)
+    (bare / "generation_config.json").write_text("[")
+    assert "generation_config.json: not a JSON" in error_line(parscale(*run, "--model", bare))
+    (bare / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be read" in error_line(parscale(*run, "--model", bare))
+    (bare / "tokenizer.json").unlink()
+    assert "no tokenizer.json in this folder" in error_line(parscale(*run, "--model", bare))
