@@ -13,7 +13,7 @@ def adapter_options(command: Callable) -> Callable:
         type=click.IntRange(1, 64),
         metavar="P",
         help="Run the adapter with P streams, or with 1 the model without streams.  "
-        "[default: the most there are]",
+        "[default: the most there are; of an export, model.onnx's]",
     )(command)
     return click.option(
         "--adapter",

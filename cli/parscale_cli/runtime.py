@@ -49,7 +49,7 @@ def open_runtime(ctx: click.Context, model: str | None, runtime: str | None, opt
             option = {"adapters": "adapter"}.get(name, name.replace("_", "-"))
             other = {"mlx": "onnx", "onnx": "mlx"}[engine]
             raise click.UsageError(
-                f"--{option} is of --runtime {other}; this model runs on {engine}"
+                f"--{option} is an option of --runtime {other}, and this runs with {engine}"
             )
     return _open(engine, model, own)
 

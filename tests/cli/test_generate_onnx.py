@@ -137,7 +137,7 @@ def test_mlx_is_not_imported(export):
     "option",
     [
         ("--kv-bits", 8), ("--kv-group-size", 64), ("--max-kv-size", 9), ("--draft-model", "x"),
-        ("--prompt-cache", "x"), ("--quantized-kv-start", 1),
+        ("--prompt-cache", "x"), ("--quantized-kv-start", 1), ("--adapter", "/"),
     ],
 )  # fmt: skip
 def test_options_of_mlx_alone(parscale, export, option):
@@ -161,6 +161,9 @@ def test_refusals(parscale, model, export, plain_export, tmp_path):
     assert "--runtime onnx needs --model" in error_line(missing)
     assert "no model.onnx in this folder" in error_line(parscale(*run, "--model", model))
     assert "tpu" in error_line(parscale(*run, "--model", export, "--provider", "tpu"))
+    assert "no graph of P=3, only of P=4" in error_line(
+        parscale(*run, "--model", export, "--streams", 3)
+    )
     streams = error_line(parscale(*run, "--model", plain_export, "--show-streams"))
     assert "without --aggregation-weights" in streams
     chat = parscale("chat", "--model", export, "-n", 1, input="/streams\n/quit\n")
