@@ -47,11 +47,16 @@ def write_side_files(
     ours = {name: value for name, value in config.raw.items() if name not in _LEFT_OUT}
     if target == "web":
         ours |= _ordinary_decoder(config, options)
-        name = Path(file_names(target, options)[0]).name
-        ours["transformers.js_config"] = {"use_external_data_format": {name: 1}}
+        ours["transformers.js_config"] = _transformers_js(Path(file_names(target, options)[0]).name)
     _write_json(folder / "config.json", ours)
     if target == "genai":
         _write_json(folder / "genai_config.json", _genai_config(source, config, options))
+
+
+def _transformers_js(graph: str) -> dict[str, Any]:
+    """Which of its data types transformers.js opens by default, and that its weights are apart."""
+    dtype = graph.removeprefix("model").removesuffix(".onnx").removeprefix("_") or "fp32"
+    return {"dtype": dtype, "use_external_data_format": {graph: 1}}
 
 
 def _ordinary_decoder(config: Config, options: Options) -> dict[str, Any]:

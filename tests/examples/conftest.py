@@ -1,4 +1,4 @@
-"""Golden cases exported once for each kind of runtime, with a tokenizer whose words are ids."""
+"""Golden cases exported once for each kind of runtime, with a tokenizer made for them."""
 
 import shutil
 from collections.abc import Callable

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from cases import batches
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CASES = ["p4", "p8-short-prefix"]
@@ -28,16 +28,24 @@ def tokens_option(*prompts: list[int]) -> list[str]:
     return ["--max-tokens", "12", "--tokens", ";".join(",".join(map(str, p)) for p in prompts)]
 
 
+def word(token: int) -> str:
+    """A token id as a capital and a small letter."""
+    return "ABCDEFGHIJKLMNOPQRST"[token // 16] + "abcdefghijklmnop"[token % 16]
+
+
 def words(tokens: list[int]) -> str:
     """Token ids as the text that ``write_tokenizer``'s tokenizer makes of them."""
-    return " ".join(f"word{token}" for token in tokens)
+    return "".join(map(word, tokens))
 
 
 def write_tokenizer(folder: Path, size: int = 320) -> None:
-    """A tokenizer whose words name their ids."""
-    vocabulary = {f"word{n}": n for n in range(size)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """A byte-level BPE tokenizer, as Qwen2 has it, whose tokens are the words of their ids."""
+    tokens = [word(n) for n in range(size)]
+    letters = sorted(set("".join(tokens)))
+    vocabulary = {token: n for n, token in enumerate([*tokens, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(token[0], token[1]) for token in tokens]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "word0"}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": word(0)}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

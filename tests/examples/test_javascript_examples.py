@@ -14,3 +14,12 @@ def test_onnxruntime_node(export, node, case, kv_layout):
     script = EXAMPLES / "node" / "generate.js"
     assert json.loads(run(node, script, folder, *tokens_option(prompt))) == answer
     assert run(node, script, folder, words(prompt), "--max-tokens", 12) == words(answer)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_js(export, node, case):
+    folder = export(case, target="web", precision="fp32")
+    prompt, answer = prompt_and_answer(case)
+    script = EXAMPLES / "transformers-js" / "generate.js"
+    assert json.loads(run(node, script, folder, *tokens_option(prompt))) == answer
+    assert run(node, script, folder, words(prompt), "--max-tokens", 12) == words(answer)

@@ -2,8 +2,10 @@
 
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
+from cases import batches
 from running import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
 
 
@@ -13,6 +15,31 @@ def test_onnxruntime(export, case, kv_layout):
     folder = export(case, kv_layout=kv_layout)
     prompt, answer = prompt_and_answer(case)
     script = EXAMPLES / "python" / "generate.py"
+    assert json.loads(run(sys.executable, script, folder, *tokens_option(prompt))) == answer
+    text = run(sys.executable, script, folder, words(prompt), "--max-tokens", 12)
+    assert text == words(answer)
+
+
+@pytest.mark.skipif(not find_spec("onnxruntime_genai"), reason="needs onnxruntime-genai")
+@pytest.mark.parametrize("case", CASES)
+def test_onnxruntime_genai(export, case):
+    folder = export(case, target="genai", precision="fp32")
+    prompt, answer = prompt_and_answer(case)
+    script = EXAMPLES / "genai" / "generate.py"
+    assert json.loads(run(sys.executable, script, folder, *tokens_option(prompt))) == answer
+    ragged = batches(case)[-1]
+    lines = run(sys.executable, script, folder, *tokens_option(*ragged.prompts)).splitlines()
+    assert [json.loads(line) for line in lines] == ragged.tokens.tolist()
+    text = run(sys.executable, script, folder, words(prompt), "--max-tokens", 12)
+    assert text == words(answer)
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")
+@pytest.mark.parametrize("case", CASES)
+def test_openvino(export, case):
+    folder = export(case, kv_layout="heads", ops="standard")
+    prompt, answer = prompt_and_answer(case)
+    script = EXAMPLES / "openvino" / "generate.py"
     assert json.loads(run(sys.executable, script, folder, *tokens_option(prompt))) == answer
     text = run(sys.executable, script, folder, words(prompt), "--max-tokens", 12)
     assert text == words(answer)

@@ -92,7 +92,9 @@ def test_target_web(tmp_path):
     ]  # fmt: skip
     config = read(folder / "config.json")
     assert (config["model_type"], config["num_key_value_heads"]) == ("qwen2", 8)
-    assert config["transformers.js_config"]["use_external_data_format"] == {"model_q4.onnx": 1}
+    assert config["transformers.js_config"] == {
+        "dtype": "q4", "use_external_data_format": {"model_q4.onnx": 1}
+    }  # fmt: skip
     batch = batches("p4")[0]
     assert OnnxModel(folder).logits(batch.prompts[0]).shape == batch.logits[0].shape
 

@@ -1,0 +1,36 @@
+// Generate greedily with transformers.js from an export made with --target web.
+import { resolve } from 'node:path';
+import { parseArgs } from 'node:util';
+import { AutoModelForCausalLM, Tensor, env, pipeline } from '@huggingface/transformers';
+
+const { values, positionals } = parseArgs({
+  allowPositionals: true,
+  options: {
+    tokens: { type: 'string' }, // ids such as 1,2,3 in place of the prompt; prints ids, too
+    'max-tokens': { type: 'string', default: '32' },
+  },
+});
+const [given, prompt = 'Once upon a time'] = positionals;
+if (!given) {
+  console.error('Usage: node generate.js FOLDER [PROMPT] [--tokens 1,2,3] [--max-tokens 32]');
+  process.exit(2);
+}
+const folder = resolve(given); // a relative path would be taken for a name on the hub
+env.allowRemoteModels = false;
+const options = { max_new_tokens: Number(values['max-tokens']), do_sample: false };
+
+if (values.tokens === undefined) {
+  const generator = await pipeline('text-generation', folder);
+  const [answer] = await generator(prompt, { ...options, return_full_text: false });
+  console.log(answer.generated_text);
+} else {
+  const ids = values.tokens.split(',').map(BigInt);
+  const model = await AutoModelForCausalLM.from_pretrained(folder);
+  const shape = [1, ids.length];
+  const sequence = await model.generate({
+    inputs: new Tensor('int64', ids, shape),
+    attention_mask: new Tensor('int64', ids.map(() => 1n), shape),
+    ...options,
+  });
+  console.log(JSON.stringify(sequence.tolist()[0].slice(ids.length).map(Number)));
+}
