@@ -25,6 +25,15 @@ PRECISIONS = (*FLOATS, "int8", "int4")
     help="The folder to write.",
 )
 @click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A stream adapter over the model: a graph of its own over the same weights. "
+    "May be given several times.",
+)
+@click.option(
     "--target",
     type=click.Choice(["cuda", "cpu", "genai", "web"]),
     help="Choose layout, operators and precision for this, and write what it reads.",
@@ -85,6 +94,7 @@ PRECISIONS = (*FLOATS, "int8", "int4")
 def export_onnx(model, output, force, as_json, block_size, **options):
     """Export a model to ONNX: graph, weights, configuration and tokenizer in one folder."""
     from parscale_export import OnnxModel, export_onnx
+    from parscale_export.session import find_graphs
     from tqdm import tqdm
 
     # None: shown where standard error is a terminal.
@@ -98,13 +108,16 @@ def export_onnx(model, output, force, as_json, block_size, **options):
             model, output, force=force, progress=progress, block_size=int(block_size), **options
         )
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    about = OnnxModel.describe(folder)
+    about, graphs = OnnxModel.describe(folder), find_graphs(folder)
     size = sum(path.stat().st_size for path in files)
     if as_json:
         names = [str(path.relative_to(folder)) for path in files]
-        click.echo(json.dumps({"output": str(folder), "bytes": size, "files": names, **about}))
+        report = {"output": str(folder), "bytes": size, "files": names}
+        report["graphs"] = {n: str(file.relative_to(folder)) for n, file in graphs.items()}
+        click.echo(json.dumps(report | about))
         return
+    counts = ", ".join(map(str, graphs))
     click.echo(
-        f"{folder}: P={about['streams']}, {about['kv_layout']} layout, {about['ops']} operators, "
+        f"{folder}: P={counts}, {about['kv_layout']} layout, {about['ops']} operators, "
         f"{about['precision']}, {size / 1e6:.1f} MB"
     )

@@ -25,6 +25,12 @@ TOLERANCES = {
 @click.argument("export", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="DIR|NAME", help="The model it was made from.")
 @click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The stream adapter that the model has to be taken with.",
+)
+@click.option(
     "-p",
     "--prompt",
     "prompts",
@@ -55,16 +61,20 @@ TOLERANCES = {
 @click.option("--provider", help="cpu, cuda, or an execution provider's full name.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
 @click.pass_context
-def verify(ctx, export, against, prompts, tokens, max_difference, max_kl, provider, as_json):
+def verify(
+    ctx, export, against, adapter, prompts, tokens, max_difference, max_kl, provider, as_json
+):
     """Compare an ONNX export with its model on real prompts; exit 1 where they differ too much."""
     from parscale_export import OnnxModel
+    from parscale_export.session import find_graph
 
-    model = OnnxModel(export, provider)
-    reference = _Reference(against)
-    if (model.streams, model.vocab_size) != (reference.streams, reference.vocab_size):
+    find_graph(export)  # so that what is no export is found before a model is loaded
+    reference = _Reference(against, adapter)
+    model = OnnxModel(export, provider, streams=reference.streams)
+    if model.vocab_size != reference.vocab_size:
         raise ValueError(
-            f"{export} has P={model.streams} and {model.vocab_size} tokens, but {against} has "
-            f"P={reference.streams} and {reference.vocab_size}: it was made from another model"
+            f"{export} has {model.vocab_size} tokens, but {against} has {reference.vocab_size}: "
+            "it was made from another model"
         )
     report = _compare(model, reference, _token_ids(reference, prompts), tokens)
     default_difference, default_kl = TOLERANCES[model.precision]
@@ -83,15 +93,18 @@ def verify(ctx, export, against, prompts, tokens, max_difference, max_kl, provid
 class _Reference:
     """The model in MLX, in float32."""
 
-    def __init__(self, path_or_name: str):
+    def __init__(self, path_or_name: str, adapter: Path | None):
         from parscale_mlx import load_model
+        from parscale_mlx.adapter import load_adapter, with_streams
         from parscale_mlx.load import find_folder
 
         import mlx.core as mx
 
         self.folder = find_folder(path_or_name)
         self.model, config = load_model(self.folder, dtype=mx.float32)
-        self.streams, self.vocab_size = config.get("parscale_n", 1), config["vocab_size"]
+        if adapter is not None:
+            self.model = with_streams(self.model, load_adapter(adapter, backbone=self.folder))
+        self.streams, self.vocab_size = self.model.args.parscale_n, config["vocab_size"]
 
     def greedy(self, prompt: list[int], tokens: int):
         """Greedy tokens, and the logits [tokens, vocab] that chose them."""

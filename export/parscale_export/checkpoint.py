@@ -5,6 +5,7 @@ with columns ordered (stream, hidden), as a plain concatenation of the streams' 
 """
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from parscale_export import adapter as adapters
 from parscale_export import mlx_quantized
+from parscale_export.adapter import Adapter
 from parscale_export.config import Config, read_config
 
 _PUBLISHED = {"model.aggregate_layer.0": "model.aggregator.fc1",
@@ -23,18 +26,23 @@ _PUBLISHED = {"model.aggregate_layer.0": "model.aggregator.fc1",
 class Checkpoint:
     """An opened model folder, published or converted.
 
+    Args:
+        folder: where it is, or a name on the hub.
+        adapter: streams to put over it.
+
     Attributes:
         folder: where it is.
-        config: its ``config.json``.
+        config: its ``config.json``, with the adapter's streams.
 
     Raises:
         FileNotFoundError: no such folder, no config, no weights, or not all that the index lists.
-        ValueError: a file is truncated, lacks a tensor or holds one of the wrong shape.
+        ValueError: a file is truncated, lacks a tensor or holds one of the wrong shape, or the
+            adapter is not for this model's sizes.
         ImportError: the weights are PyTorch pickles and PyTorch is not installed.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = find_folder(folder)
+    def __init__(self, folder: str | Path, adapter: Adapter | None = None):
+        self.folder, self.adapter = find_folder(folder), adapter
         self.config = read_config(self.folder)
         self.quantization = _quantization(self.config.raw, self.folder)
         # Where each tensor is: its file (None for a pickle, which is held mapped) and name there.
@@ -43,6 +51,8 @@ class Checkpoint:
         self._pickled: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open_files()
+        if adapter is not None:
+            self._add_streams(adapter)
         self._check()
 
     def __contains__(self, name: str) -> bool:
@@ -109,6 +119,23 @@ class Checkpoint:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
 
+    def _add_streams(self, adapter: Adapter) -> None:
+        if self.config.streams > 1:
+            raise ValueError(
+                f"{self.folder}: has {self.config.streams} streams of its own, so it takes none "
+                f"from {adapter.folder}"
+            )
+        self.config = replace(
+            self.config,
+            streams=adapter.streams,
+            prefix_length=adapter.prefix_length,
+            smoothing=adapter.smoothing,
+        )
+        self._open_safetensors(adapter.weights)
+        for name, file in self._files.items():
+            if file == adapter.weights and not adapters.STREAM_TENSOR.fullmatch(name):
+                raise ValueError(f"{file}: {name} is no part of a stream adapter")
+
     def _add(self, stored_name: str, file: Path, shape: tuple[int, ...]) -> None:
         name = stored_name
         for published, ours in _PUBLISHED.items():
@@ -118,6 +145,7 @@ class Checkpoint:
 
     def _check(self) -> None:
         config = self.config
+        asking = "config.json" if self.adapter is None else adapters.CONFIG
         if config.streams == 1:
             for name in self._names:
                 if name.endswith(("prefix_k", "prefix_v")):
@@ -126,7 +154,9 @@ class Checkpoint:
                     )
         for name, shape in expected_shapes(config).items():
             if name not in self:
-                raise ValueError(f"{self.folder}: the weights lack {name}")
+                streams = self.adapter and adapters.STREAM_TENSOR.fullmatch(name)
+                place = self.adapter.weights if self.adapter and streams else self.folder
+                raise ValueError(f"{place}: the weights lack {name}")
             found = self._logical_shape(name)
             if found == shape:
                 continue
@@ -135,7 +165,7 @@ class Checkpoint:
                     ("parscale_n", 0) if found[0] != shape[0] else ("parscale_n_tokens", 2)
                 )
                 raise ValueError(
-                    f"{self._files[name]}: {name} has shape {list(found)}, but config.json says "
+                    f"{self._files[name]}: {name} has shape {list(found)}, but {asking} says "
                     f"{field} {shape[axis]}"
                 )
             raise ValueError(

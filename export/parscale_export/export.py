@@ -3,8 +3,9 @@
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from parscale_export import targets
+from parscale_export.adapter import Adapter, fingerprint, read_adapter
 from parscale_export.checkpoint import Checkpoint
 from parscale_export.config import Config
 from parscale_export.fused import context_length
@@ -20,6 +22,7 @@ from parscale_export.rope import inverse_frequencies
 from parscale_export.weights import BITS, FLOATS
 
 PRECISIONS = (*FLOATS, *BITS)
+LARGE = 1024  # bytes; a larger tensor is kept beside its graph
 _CHOICES = {
     "target": tuple(targets.PRESETS),
     "kv_layout": ("batch", "heads"),
@@ -37,6 +40,7 @@ def export_onnx(
     source: str | Path,
     output: str | Path,
     *,
+    adapters: Sequence[str | Path] = (),
     kv_layout: str | None = None,
     ops: str | None = None,
     precision: str | None = None,
@@ -57,6 +61,8 @@ def export_onnx(
     Args:
         source: a published or converted model folder, or a name on the hub.
         output: the folder to make; it appears whole or not at all.
+        adapters: folders of stream adapters over the model: besides model.onnx, each gets a graph
+            model_pP.onnx over the same weights, its own prefixes and aggregator in a small file.
         kv_layout: "batch" (default; streams are rows of the batch) or "heads" (streams are heads:
             an ordinary decoder's interface, for runtimes that know nothing of streams).
         ops: "fused" (default; onnxruntime's GroupQueryAttention and MatMulNBits) or "standard"
@@ -81,8 +87,8 @@ def export_onnx(
     Raises:
         FileNotFoundError, ImportError: see ``Checkpoint``.
         FileExistsError: the output exists.
-        ValueError: the source is not a model that can be exported, or options that do not go
-            together.
+        ValueError: the source is not a model that can be exported, an adapter is not for it, or
+            options that do not go together.
     """
     chosen = {"target": target, "kv_layout": kv_layout, "ops": ops, "precision": precision}
     options = choose_options(
@@ -102,11 +108,42 @@ def export_onnx(
     if output.resolve() in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise ValueError(f"{output}: the model to export is in there")
     _check_model(checkpoint.config, options, checkpoint.folder)
+    checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
+    longest = max(c.config.prefix_length if c.config.streams > 1 else 0 for c in checkpoints)
+    options = replace(options, longest_prefix=longest)
     with _appearing(output) as folder:
         graph, data = targets.file_names(target, options)
-        _write_model(checkpoint, options, folder / graph, data, progress)
+        (folder / graph).parent.mkdir(exist_ok=True)
+        _write_models(checkpoints, options, folder / graph, data, progress)
         targets.write_side_files(checkpoint.folder, folder, checkpoint.config, options, target)
     return output
+
+
+def _with_adapters(
+    folder: Path, adapters: Sequence[str | Path], target: str | None
+) -> list[Checkpoint]:
+    """The checkpoint in a folder once more for each adapter over it."""
+    if not adapters:
+        return []
+    if target in ("genai", "web"):
+        raise ValueError(
+            f"target {target} reads one graph a folder, so it takes no adapters; fuse each with "
+            "the model, and export the results"
+        )
+    own, found = fingerprint(folder), dict[int, Adapter]()
+    for path in adapters:
+        adapter = read_adapter(path)
+        if adapter.backbone_sha256 != own:
+            raise ValueError(
+                f"{path}: this adapter belongs to another backbone ({adapter.backbone}), or to "
+                f"other weights of it than those in {folder}"
+            )
+        if adapter.streams in found:
+            raise ValueError(
+                f"{path} and {found[adapter.streams].folder} both have P={adapter.streams}"
+            )
+        found[adapter.streams] = adapter
+    return [Checkpoint(folder, found[streams]) for streams in sorted(found)]
 
 
 def choose_options(*, target, kv_layout, ops, precision, activations, head_precision,
@@ -206,30 +243,72 @@ def _appearing(output: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_model(
-    checkpoint: Checkpoint,
+def _write_models(
+    checkpoints: list[Checkpoint],
     options: Options,
     path: Path,
     data: str,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    path.parent.mkdir(exist_ok=True)
-    model = build(checkpoint, options)
+    """Write a graph for each checkpoint; the first one's data serve the others too."""
+    models = [build(checkpoint, options) for checkpoint in checkpoints]
+    base, done, hashes = models[0], 0, dict[str, str]()
+    total = sum(len(_own_weights(model, base)) for model in models)
 
-    def written(_: object, info: ir.external_data.CallbackInfo) -> None:
+    def written(*_: object) -> None:
+        nonlocal done
+        done += 1
         if progress is not None:
-            progress(info.index + 1, info.total)
+            progress(done, total)
 
-    model = ir.external_data.unload_from_model(
-        model, path.parent, data, size_threshold_bytes=1024, callback=written
-    )
-    model.metadata_props.update(_metadata(checkpoint, options, path.parent / data))
-    ir.save(model, path)
-    # By path: the checker then leaves the weights where they are.
-    onnx.checker.check_model(str(path), full_check=True)
+    for checkpoint, model in zip(checkpoints, models, strict=True):
+        file, files = path, [data]
+        if model is not base:
+            file = path.with_stem(f"{path.stem}_p{checkpoint.config.streams}")
+            files.append(f"{file.name}.data")
+        values = _own_weights(model, base)
+        tensors = ir.external_data.convert_tensors_to_external(
+            [_tensor(value) for value in values], path.parent, files[-1], callback=written
+        )
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+        if model is not base:
+            _share_weights(model, base)
+        model.metadata_props.update(_metadata(checkpoint, options))
+        for name in files:
+            hashes[name] = hashes.get(name) or _sha256(path.parent / name)
+            model.metadata_props[f"parscale.sha256.{name}"] = hashes[name]
+        ir.save(model, file)
+        # By path: the checker then leaves the weights where they are.
+        onnx.checker.check_model(str(file), full_check=True)
 
 
-def _metadata(checkpoint: Checkpoint, options: Options, data: Path) -> dict[str, str]:
+def _own_weights(model: ir.Model, base: ir.Model) -> list[ir.Value]:
+    """The initializers for external data, but for those that ``base`` stores already."""
+    large = [value for value in model.graph.initializers.values() if _tensor(value).nbytes > LARGE]
+    return large if model is base else [value for value in large if not _stored(value, base)]
+
+
+def _share_weights(model: ir.Model, base: ir.Model) -> None:
+    for value in model.graph.initializers.values():
+        if (stored := _stored(value, base)) is not None:
+            value.const_value = stored
+
+
+def _stored(value: ir.Value, base: ir.Model) -> ir.TensorProtocol | None:
+    """The tensor of ``base`` with the same name and shape: of one backbone, so the same one."""
+    other = base.graph.initializers.get(value.name or "")
+    if other is None or _tensor(value).nbytes <= LARGE:
+        return None
+    return other.const_value if other.shape == value.shape else None
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None
+    return value.const_value
+
+
+def _metadata(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
     config = checkpoint.config
     values = {
         "streams": config.streams,
@@ -250,8 +329,8 @@ def _metadata(checkpoint: Checkpoint, options: Options, data: Path) -> dict[str,
         "onnx_version": version("onnx"),
         "onnx_ir_version": version("onnx-ir"),
     }
-    if data.exists():
-        values[f"sha256.{data.name}"] = _sha256(data)
+    if checkpoint.adapter is not None:
+        values["adapter"] = checkpoint.adapter.folder.resolve().name
     return {f"parscale.{name}": str(value) for name, value in values.items()}
 
 

@@ -55,7 +55,8 @@ class FusedOperators:
     def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
         b, config = self.b, self.b.config
         frequencies, scale = inverse_frequencies(config)
-        positions = context_length(config) + self.prefix_length
+        prefix = max(self.prefix_length, b.options.longest_prefix)
+        positions = context_length(config) + prefix
         shape = (positions, config.head_dim // 2)
 
         def angles() -> np.ndarray:

@@ -42,6 +42,8 @@ class Options:
     accuracy_level: int = 4
     all_logits: bool = False
     aggregation_weights: bool = False
+    # The longest prefix of all graphs over the same data: their rotary tables are one.
+    longest_prefix: int = 0
 
 
 class Builder(ir.tape.Tape):

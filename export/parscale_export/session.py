@@ -23,25 +23,38 @@ def find_graph(path: Path, streams: int | None = None) -> Path:
         FileNotFoundError: there is none.
         ValueError: it is another kind of file, or none has so many streams.
     """
+    if streams is None:
+        return _graph_files(path)[0]
+    graphs = find_graphs(path)
+    if streams not in graphs:
+        there = ", ".join(map(str, graphs))
+        raise ValueError(f"{path}: no graph of P={streams}, only of P={there}")
+    return graphs[streams]
+
+
+def find_graphs(path: Path) -> dict[int, Path]:
+    """The graphs that ``path`` is or holds by their numbers of streams, in rising order.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``find_graph``; or one is not a graph of ours.
+    """
+    files = reversed(_graph_files(path))  # of two with the same P, the first counts
+    graphs = {int(metadata(load_graph(file), file)["streams"]): file for file in files}
+    return dict(sorted(graphs.items()))
+
+
+def _graph_files(path: Path) -> list[Path]:
+    """Graphs by name, so that model.onnx comes before model_p2.onnx."""
     if path.is_file():
         if path.suffix != ".onnx":
             raise ValueError(f"{path}: not an .onnx file")
-        found = [path]
-    elif path.is_dir():
-        found = sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
-        # By name, so that model.onnx comes before model_p2.onnx.
-        found.sort(key=lambda file: file.stem)
-    else:
+        return [path]
+    if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    found = sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
     if not found:
         raise FileNotFoundError(f"{path}: no model.onnx in this folder")
-    if streams is None:
-        return found[0]
-    counts = {int(metadata(load_graph(file), file)["streams"]): file for file in reversed(found)}
-    if streams not in counts:
-        there = ", ".join(map(str, sorted(counts)))
-        raise ValueError(f"{path}: no graph of P={streams}, only of P={there}")
-    return counts[streams]
+    return sorted(found, key=lambda file: file.stem)
 
 
 def load_graph(file: Path) -> onnx.ModelProto:

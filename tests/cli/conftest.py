@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -58,6 +59,33 @@ def plain_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "p1"
     shutil.copytree(GOLDEN / "p1", folder)
     write_tokenizer(folder, template=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory) -> Path:
+    """Golden case p4 without its streams; they are its adapter, ``p4``."""
+    folder = tmp_path_factory.mktemp("models") / "backbone"
+    shutil.copytree(GOLDEN / "p4", folder)
+    write_tokenizer(folder)
+    weights = load_file(folder / "model.safetensors")
+    for name in [k for k in weights if "prefix" in k or "aggregate" in k]:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 1}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(backbone, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters") / "p4"
+    import parscale_mlx
+    from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
+
+    model, _ = parscale_mlx.load_model(GOLDEN / "p4")
+    sha256 = fingerprint(backbone)
+    save_adapter(folder, take_streams(model, backbone="backbone", backbone_sha256=sha256))
     return folder
 
 

@@ -2,39 +2,9 @@
 
 import json
 import shutil
-from pathlib import Path
 
-import parscale_mlx
-from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
-
-import pytest
-from conftest import GOLDEN, error_line, write_tokenizer
+from conftest import GOLDEN, error_line
 from safetensors.numpy import load_file, save_file
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> Path:
-    """Golden case p4 without its streams; they are its adapter, ``p4``."""
-    folder = tmp_path_factory.mktemp("models") / "backbone"
-    shutil.copytree(GOLDEN / "p4", folder)
-    write_tokenizer(folder)
-    weights = load_file(folder / "model.safetensors")
-    for name in [k for k in weights if "prefix" in k or "aggregate" in k]:
-        del weights[name]
-    save_file(weights, folder / "model.safetensors")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"parscale_n": 1}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(backbone, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters") / "p4"
-    model, _ = parscale_mlx.load_model(GOLDEN / "p4")
-    sha256 = fingerprint(backbone)
-    save_adapter(folder, take_streams(model, backbone="backbone", backbone_sha256=sha256))
-    return folder
-
 
 RUN = ("--prompt", "Hi", "-n", 9, "--json")
 

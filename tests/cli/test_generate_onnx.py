@@ -117,6 +117,20 @@ def test_an_export_needs_no_runtime_option(parscale, plain_model, plain_export):
     assert onnx.stdout == parscale(*run, plain_model).stdout
 
 
+def test_one_export_of_several_numbers_of_streams(parscale, backbone, adapter, tmp_path):
+    result = parscale("export-onnx", "--model", backbone, "--adapter", adapter,
+                      "-o", tmp_path / "out")  # fmt: skip
+    assert "P=1, 4, batch layout" in result.stdout
+    run = ("generate", "-p", "Hi", "-n", 9, "--json", "--model")
+    for streams, chosen in (([], 1), (["--streams", 1], 1), (["--streams", 4], 4)):
+        ours = answers_of(parscale(*run, tmp_path / "out", *streams))
+        mlx = (*run, backbone, "--adapter", adapter, "--streams", chosen)
+        assert ours == answers_of(parscale(*mlx))
+    verify = ("verify", tmp_path / "out", "--against", backbone, "--tokens", 4)
+    for more in ([], ["--adapter", adapter]):
+        assert "within the tolerance" in parscale(*verify, *more).stdout
+
+
 def test_chat(both):
     mlx, onnx = both("chat", "-n", 6, input="hello\n/streams\nagain\n/reset\nhello\n")
     assert onnx.exit_code == 0
