@@ -34,7 +34,8 @@ def write_model(
     if to == "hf":
         weights = published_weights(model)
     size = sum(a.nbytes for a in weights.values())
-    shards = make_shards(weights, SHARD_GB)
+    # Some versions start with an empty shard where the first tensor fills one.
+    shards = [shard for shard in make_shards(weights, SHARD_GB) if shard]
     metadata = {"total_size": size, "total_parameters": get_total_parameters(model)}
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     weights.clear()

@@ -10,6 +10,7 @@ import onnxruntime as ort
 from parscale_export.sampling import Sampling, choose
 from parscale_export.session import (
     CUDA,
+    check_operators,
     choose_provider,
     find_graph,
     metadata,
@@ -74,6 +75,7 @@ class OnnxModel:
         self.all_logits = about["all_logits"] == "true"
         self.context_length = int(about["context_length"])
         self.shares_buffer = self.ops == "fused"
+        check_operators(self.file, self.ops)
         self.prefill_chunk = prefill_chunk
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")
