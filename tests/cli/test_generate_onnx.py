@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import error_line, set_eos
 from parscale_export import export_onnx
+from tiny_models import error_line, set_eos
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from parscale_mlx.load import find_adapter
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import GOLDEN, TOLERANCE, difference, load_golden
+from golden_cases import GOLDEN, TOLERANCE, difference, load_golden
 from safetensors.numpy import load_file, save_file
 
 

@@ -10,7 +10,7 @@ from parscale_mlx.convert import convert
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from conftest import CASES, GOLDEN, TOLERANCE, difference, load_golden
+from golden_cases import CASES, GOLDEN, TOLERANCE, difference, load_golden
 from mlx.utils import tree_flatten
 
 convert_module = sys.modules["parscale_mlx.convert"]

@@ -9,7 +9,7 @@ from parscale_mlx.graft import cut_pieces, default_text, graft, grafted_config, 
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN, difference
+from golden_cases import GOLDEN, difference
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 LLAMA3 = {

@@ -9,7 +9,7 @@ from parscale_mlx.load import find_folder
 
 import mlx.core as mx
 import pytest
-from conftest import GOLDEN, TOLERANCE, difference, load_golden
+from golden_cases import GOLDEN, TOLERANCE, difference, load_golden
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TOLERANCE, difference, load_golden
+from golden_cases import TOLERANCE, difference, load_golden
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
 from packaging.version import Version
