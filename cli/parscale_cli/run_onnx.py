@@ -18,7 +18,7 @@ class OnnxRuntime:
 
     Args:
         model: the export's folder, or one of the graphs in it.
-        streams, provider, device_id, threads: as for ``OnnxModel``.
+        streams, provider, device_id, threads, cuda_graph: as for ``OnnxModel``.
 
     Raises:
         FileNotFoundError: no graph there, no external data, or no tokenizer.
@@ -33,10 +33,16 @@ class OnnxRuntime:
         provider: str | None = None,
         device_id: int = 0,
         threads: int | None = None,
+        cuda_graph: bool = False,
     ):
         path = Path(model).expanduser()
         self.model = OnnxModel(
-            path, provider, streams=streams, device_id=device_id, threads=threads
+            path,
+            provider,
+            streams=streams,
+            device_id=device_id,
+            threads=threads,
+            cuda_graph=cuda_graph,
         )
         self.streams = self.model.streams
         folder = path if path.is_dir() else path.parent

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from parscale_cli.answer import Runtime
 
-ONNX_ONLY, SHARED = ("provider", "device_id", "threads"), ("streams",)
+ONNX_ONLY, SHARED = ("provider", "device_id", "threads", "cuda_graph"), ("streams",)
 OPTIONS = (
     click.option("--runtime", type=click.Choice(["mlx", "onnx"]),
                  help="What computes; by default onnx for a folder that export-onnx wrote."),
@@ -19,6 +19,8 @@ OPTIONS = (
                  help="onnx: which CUDA device."),
     click.option("--threads", type=click.IntRange(1),
                  help="onnx: threads on the CPU; by default one a core."),
+    click.option("--cuda-graph", is_flag=True,
+                 help="onnx: record the step of one token as a CUDA graph and replay it."),
 )  # fmt: skip
 
 

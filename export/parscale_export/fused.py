@@ -33,24 +33,39 @@ class FusedOperators:
         self.b, config = b, b.config
         self.prefix_length = config.prefix_length if config.streams > 1 else 0
         self.heads, self.kv_heads, self.rows = folded_heads(config, b.options.kv_layout)
-        self.length, total = b.dimension(token_ids, 1), b.dimension(mask, 1)
-        self.is_first = b("Equal", self.length, total)
-        first = b.cast(self.is_first, ir.DataType.INT64)
+        length, total = b.dimension(token_ids, 1), b.dimension(mask, 1)
         n = b.constant([self.prefix_length])
+        first = b.cast(b("Equal", length, total), ir.DataType.INT64)
         self.new_prefix = b("Mul", first, n)
+        self.total = b.cast(b("Squeeze", b("Add", total, n)), ir.DataType.INT32)
+        # On a GPU, sizes are in the host's memory and what is computed from the mask is not. A
+        # tensor that crosses would cost a copy in every step and forbid CUDA graphs, so the sizes
+        # are counted once more on the device.
+        countdown = self._countdown(total)
+        whole, self.length = self._first(countdown), self._first(self._countdown(length))
+        self.is_first = b("Equal", self.length, whole)
         self.tokens = b("ReduceSum", mask, b.constant([1]), keepdims=0)
         lengths = b.cast(b("Add", self.tokens, b.constant([self.prefix_length - 1])),
                          ir.DataType.INT32)  # fmt: skip
         self.lengths = b("Tile", lengths, b.constant([self.rows])) if self.rows > 1 else lengths
-        self.total = b.cast(b("Squeeze", b("Add", total, n)), ir.DataType.INT32)
         # A row's first token; in later calls its tokens are already where they belong.
-        self.start = b("Mul", b("ArgMax", mask, axis=1, keepdims=1), first)
-        self.columns = b("Range", b.constant(0), b("Squeeze", self.length), b.constant(1))
+        remaining = b("ReduceMax", b("Mul", mask, countdown), b.constant([1]), keepdims=1)
+        self.start = b("Mul", b("Sub", whole, remaining), b.cast(self.is_first, ir.DataType.INT64))
+        self.columns = b("Range", b.constant(0), b("Squeeze", length), b.constant(1))
         rolled = b("Mod", b("Add", self.columns, self.start), self.length)
         self.token_ids = b("GatherElements", token_ids, rolled, axis=1)
         self.cos, self.sin = self._rotary_tables()
         if config.streams > 1:
             self.prefix_rows = self._prefix_rows(b.dimension(token_ids, 0))
+
+    def _countdown(self, size: ir.Value) -> ir.Value:
+        """From a size in the host's memory: size, ..., 2, 1 on the device."""
+        b = self.b
+        return b("Range", b("Squeeze", size), b.constant(0), b.constant(-1))
+
+    def _first(self, countdown: ir.Value) -> ir.Value:
+        b = self.b
+        return b("Slice", countdown, b.constant([0]), b.constant([1]))
 
     def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
         b, config = self.b, self.b.config

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 
+from parscale_export.kv_cache import Cache, FixedSteps
 from parscale_export.sampling import Sampling, choose
 from parscale_export.session import (
+    CPU,
     CUDA,
     check_operators,
     choose_provider,
@@ -17,6 +19,8 @@ from parscale_export.session import (
     open_session,
     read_graph,
 )
+
+ROOM = 256  # tokens by which the buffers of CUDA graphs grow
 
 
 class Token(NamedTuple):
@@ -31,7 +35,7 @@ class Token(NamedTuple):
 
 
 class OnnxModel:
-    """A graph that ``export_onnx`` wrote, ready to run.
+    """A graph that ``export_onnx`` wrote, ready to run, one generation at a time.
 
     Args:
         path: the export's folder, or its .onnx file.
@@ -41,7 +45,8 @@ class OnnxModel:
         device_id: which CUDA device.
         threads: threads of an operator on the CPU; by default one a core.
         prefill_chunk: tokens of a prompt to compute at a time, where the graph takes chunks.
-        cuda_graph: capture the decode step as a CUDA graph (fused operators on CUDA only).
+        cuda_graph: record the step of one token as a CUDA graph, and replay it (fused operators on
+            CUDA only; the model must then be used by one thread).
 
     Attributes:
         streams: P.
@@ -79,13 +84,9 @@ class OnnxModel:
         self.prefill_chunk = prefill_chunk
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")
-        self.provider = choose_provider(provider)
+        self.provider = self._choose_provider(provider, about["activations"])
         if cuda_graph and self.provider != CUDA:
             raise ValueError("cuda_graph needs the CUDA provider; leave it out, or use cuda")
-        if about["activations"] == "bf16" and self.provider == "CPUExecutionProvider":
-            raise ValueError(
-                f"{self.file}: {self.provider} has no bfloat16; use CUDA, or export fp32 or fp16"
-            )
         self.session = open_session(
             self.file,
             self.provider,
@@ -95,19 +96,36 @@ class OnnxModel:
             accuracy_level=about["accuracy_level"],
         )
         self.cuda_graph = cuda_graph
-        self._device, self._device_id = ("cuda", device_id) if self.provider == CUDA else ("cpu", 0)
+        self.device = ("cuda", device_id) if self.provider == CUDA else ("cpu", 0)
         inputs = {value.name: value.type.tensor_type for value in graph.graph.input}
-        self._pasts = [name for name in inputs if name.startswith("past_key_values.")]
-        self._presents = [name.replace("past_key_values.", "present.") for name in self._pasts]
-        cache = inputs[self._pasts[0]]
+        self.pasts = [name for name in inputs if name.startswith("past_key_values.")]
+        self.presents = [name.replace("past_key_values.", "present.") for name in self.pasts]
+        cache = inputs[self.pasts[0]]
         self._kv_heads, self._head_dim = (cache.shape.dim[axis].dim_value for axis in (1, 3))
         self._cache_type = cache.elem_type
-        self._outputs = [
-            value.name for value in graph.graph.output if not value.name.startswith("present.")
-        ]
-        self.aggregation_weights = "aggregation_weights" in self._outputs
-        self.vocab_size = graph.graph.output[0].type.tensor_type.shape.dim[2].dim_value
+        results = [v for v in graph.graph.output if not v.name.startswith("present.")]
+        self.outputs = [value.name for value in results]
+        self.output_widths = [v.type.tensor_type.shape.dim[2].dim_value for v in results]
+        self.aggregation_weights = "aggregation_weights" in self.outputs
+        self.vocab_size = self.output_widths[0]
         self._buffers: list[ort.OrtValue] = []
+        self._fixed: FixedSteps | None = None
+        self._graphs = 0
+
+    def _choose_provider(self, asked: str | None, activations: str) -> str:
+        name = choose_provider(asked)
+        if name == CUDA and self.ops == "fused" and activations == "fp32":
+            if asked is None:
+                return CPU
+            raise ValueError(
+                f"{self.file}: GroupQueryAttention on CUDA has no float32; use --provider cpu, or "
+                "export with --precision fp16 or --ops standard"
+            )
+        if name == CPU and activations == "bf16":
+            raise ValueError(
+                f"{self.file}: {name} has no bfloat16; use CUDA, or export fp32 or fp16"
+            )
+        return name
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits of one sequence, float32 [L, vocab]; row i follows token i.
@@ -207,6 +225,7 @@ class OnnxModel:
         mask[:, :length] = prompt_mask
         for chunk, end in self._chunks(ids):
             results = cache.step(chunk, mask[:, :end])
+        fixed = self._fixed_steps(batch) if self.cuda_graph else None
         tokens = [list(prompt) for prompt in prompts]
         going = set(range(batch))
         for step in range(max_tokens):
@@ -220,7 +239,7 @@ class OnnxModel:
             if not going or step == max_tokens - 1:
                 return
             newest = np.array([[row[-1]] for row in tokens])
-            results = cache.step(newest, mask[:, : length + step + 1])
+            results = (fixed or cache).step(newest, mask[:, : length + step + 1])
 
     def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask, int64 [B, L], padded on the left."""
@@ -248,7 +267,7 @@ class OnnxModel:
             end = min(start + size, length)
             yield ids[:, start:end], end
 
-    def _start(self, batch: int, tokens: int) -> "_Cache":
+    def _start(self, batch: int, tokens: int) -> Cache:
         """An empty KV cache with room for so many tokens of each sequence."""
         if self.context_length and tokens > self.context_length:
             raise ValueError(
@@ -256,58 +275,24 @@ class OnnxModel:
                 f"{self.file.name} was exported for"
             )
         rows = batch * (self.streams if self.kv_layout == "batch" else 1)
+        if self.cuda_graph:  # so that one recording serves generations of various lengths
+            tokens = min(-(-tokens // ROOM) * ROOM, self.context_length)
         capacity = tokens + self.prefix_length if self.shares_buffer else 0
         shape = [rows, self._kv_heads, capacity, self._head_dim]
         held = self._buffers[0].shape() if self._buffers else [0, 0, 0, 0]
         if not self.shares_buffer or held[0] != rows or held[2] < capacity:
+            self._fixed = None
             self._buffers = []  # before the new ones, so that both are not held at once
-            self._buffers = [self._allocate(shape) for _ in self._pasts]
-        return _Cache(self, self._buffers)
+            self._buffers = [self._allocate(shape) for _ in self.pasts]
+        return Cache(self, self._buffers)
+
+    def _fixed_steps(self, batch: int) -> FixedSteps:
+        """Steps at the addresses of the buffers in use, recorded once for as long as they last."""
+        if self._fixed is None:
+            self._graphs += 1
+            capacity = self._buffers[0].shape()[2] - self.prefix_length
+            self._fixed = FixedSteps(self, self._buffers, batch, capacity, self._graphs)
+        return self._fixed
 
     def _allocate(self, shape: list[int]) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_shape_and_type(
-            shape, self._cache_type, self._device, self._device_id
-        )
-
-
-class _Cache:
-    """A generation's KV cache; each step binds past and present, without a copy to the host."""
-
-    def __init__(self, model: OnnxModel, buffers: list[ort.OrtValue]):
-        self.model, self.pasts = model, buffers
-        self.binding = model.session.io_binding()
-        self.run_options = ort.RunOptions()
-        self.run_options.log_severity_level = 4
-        if model.cuda_graph:
-            self.run_options.add_run_config_entry("gpu_graph_id", "-1")
-        # onnxruntime gives outputs back in the order in which they were first bound.
-        self._bind_outputs()
-        if model.shares_buffer:
-            for name, value in zip(model._pasts, buffers, strict=True):
-                self.binding.bind_ortvalue_input(name, value)
-            for name, value in zip(model._presents, buffers, strict=True):
-                self.binding.bind_ortvalue_output(name, value)
-
-    def _bind_outputs(self) -> None:
-        for name in self.model._outputs:
-            self.binding.bind_output(name, "cpu")
-
-    def step(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-        """Feed tokens [B, L] under the mask [B, past + L]; logits, and streams' weights if any."""
-        model, binding = self.model, self.binding
-        # Bound arrays are not copied: they have to live until the run is over.
-        ids, mask = np.ascontiguousarray(ids), np.ascontiguousarray(mask)
-        binding.bind_cpu_input("input_ids", ids)
-        binding.bind_cpu_input("attention_mask", mask)
-        self._bind_outputs()
-        if not model.shares_buffer:
-            for past, value in zip(model._pasts, self.pasts, strict=True):
-                binding.bind_ortvalue_input(past, value)
-            for present in model._presents:
-                binding.bind_output(present, model._device, model._device_id)
-        model.session.run_with_iobinding(binding, self.run_options)
-        values = binding.get_outputs()
-        count = len(model._outputs)
-        if not model.shares_buffer:
-            self.pasts = values[count:]
-        return [value.numpy() for value in values[:count]]
+        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, *self.device)

@@ -11,7 +11,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from packaging.version import Version
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CUDA = PROVIDERS["cuda"]
+CPU, CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
 # Before it, Attention with grouped heads, a past and a mask fails in float32 and errs in float16.
 STANDARD_SINCE = Version("1.25")
 
@@ -151,11 +151,13 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
     if threads is not None:
         options.intra_op_num_threads = threads
-    providers: list = ["CPUExecutionProvider"]
+    providers: list = [CPU]
     if name == CUDA:
-        settings = {"device_id": str(device_id)} | (
-            {"enable_cuda_graph": "1"} if cuda_graph else {}
-        )
+        settings = {
+            "device_id": str(device_id),
+            "enable_cuda_graph": str(int(cuda_graph)),
+            "use_tf32": "0",  # float32 is to be float32
+        }
         providers = [(CUDA, settings), *providers]
     elif name != providers[0]:
         providers = [name, *providers]
@@ -177,17 +179,17 @@ def choose_provider(provider: str | None) -> str:
     """
     available = ort.get_available_providers()
     if provider is None:
-        return CUDA if CUDA in available and _cuda_works() else PROVIDERS["cpu"]
+        return CUDA if CUDA in available and cuda_works() else CPU
     name = PROVIDERS.get(provider.lower(), provider)
     if name not in available:
         known = ", ".join(available)
         raise ValueError(f"provider {provider!r} is not in this onnxruntime, which has {known}")
-    if name == CUDA and not _cuda_works():
+    if name == CUDA and not cuda_works():
         raise ValueError("provider 'cuda' was asked for, but there is no CUDA device here")
     return name
 
 
-def _cuda_works() -> bool:
+def cuda_works() -> bool:
     """Whether the driver is there and knows a device; onnxruntime-gpu installs without either."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 
+import onnxruntime as ort
 import pytest
 from parscale_export import export_onnx
+from parscale_export.session import CUDA, cuda_works
 from tiny_models import error_line, set_eos
 
 
@@ -160,7 +162,9 @@ def test_options_of_mlx_alone(parscale, export, option):
     assert f"{option[0]} is an option of --runtime mlx" in error_line(result)
 
 
-@pytest.mark.parametrize("option", [("--provider", "cpu"), ("--device-id", 0), ("--threads", 2)])
+@pytest.mark.parametrize(
+    "option", [("--provider", "cpu"), ("--device-id", 0), ("--threads", 2), ("--cuda-graph",)]
+)
 def test_options_of_onnxruntime_alone(parscale, model, option):
     for command in (("generate", "-p", "Hi"), ("chat",)):
         result = parscale(*command, "--model", model, *option)
@@ -175,6 +179,9 @@ def test_refusals(parscale, model, export, plain_export, tmp_path):
     assert "--runtime onnx needs --model" in error_line(missing)
     assert "no model.onnx in this folder" in error_line(parscale(*run, "--model", model))
     assert "tpu" in error_line(parscale(*run, "--model", export, "--provider", "tpu"))
+    if not (CUDA in ort.get_available_providers() and cuda_works()):
+        for option in (("--provider", "cuda"), ("--cuda-graph",)):
+            assert "cuda" in error_line(parscale(*run, "--model", export, *option))
     assert "no graph of P=3, only of P=4" in error_line(
         parscale(*run, "--model", export, "--streams", 3)
     )

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
 from parscale_export import OnnxModel, export_onnx
@@ -159,29 +158,6 @@ def test_sampling_frequencies_and_penalties():
     assert choose(logits, [0], Sampling(presence_penalty=1.0), random) == 1
     assert choose(logits, [0, 0, 1], Sampling(frequency_penalty=0.6), random) == 1
     assert choose(logits, [0], Sampling(repetition_penalty=2.0), random) == 1
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("kv_layout", LAYOUTS)
-@pytest.mark.parametrize("ops", OPERATORS)
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-2), ("fp16", 0.1), ("bf16", 1.0)])
-def test_golden_cases_on_cuda(tmp_path, kv_layout, ops, precision, tolerance):
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA")
-    folder = export_onnx(
-        GOLDEN / "p4", tmp_path / "out", kv_layout=kv_layout, ops=ops, precision=precision,
-        all_logits=True,
-    )  # fmt: skip
-    try:
-        model = OnnxModel(folder, "cuda")
-    except ValueError as error:
-        pytest.skip(str(error))
-    for batch in batches("p4"):
-        for i, prompt in enumerate(batch.prompts):
-            error = np.abs(model.logits(prompt) - batch.logits[i, -len(prompt) :]).max()
-            assert error < tolerance
-        if precision != "bf16":
-            assert model.generate(batch.prompts, 12) == batch.tokens.tolist()
 
 
 @pytest.mark.slow
