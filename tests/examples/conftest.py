@@ -15,12 +15,12 @@ def export(tmp_path_factory) -> Callable[..., Path]:
     """Export a golden case, once for each set of ``export_onnx``'s options."""
     made: dict[str, Path] = {}
 
-    def make(case: str, **options) -> Path:
-        name = "-".join([case, *map(str, options.values())])
+    def make(case: str, end: int = 0, **options) -> Path:
+        name = "-".join(map(str, [case, end, *options.values()]))
         if name not in made:
             folder = tmp_path_factory.mktemp("examples")
             # Some golden tokens are the checkpoint's end of text, where examples would stop.
-            source = variant(folder / "model", case, eos_token_id=0)
+            source = variant(folder / "model", case, eos_token_id=end)
             write_tokenizer(source)
             made[name] = export_onnx(source, folder / name, **options)
         return made[name]

@@ -20,6 +20,12 @@ def test_onnxruntime(export, case, kv_layout):
     assert text == words(answer)
 
 
+def test_onnxruntime_stops_at_the_end_of_text(export):
+    prompt, answer = prompt_and_answer("p4")
+    script, folder = EXAMPLES / "python" / "generate.py", export("p4", end=answer[4])
+    assert json.loads(run(sys.executable, script, folder, *tokens_option(prompt))) == answer[:5]
+
+
 @pytest.mark.skipif(not find_spec("onnxruntime_genai"), reason="needs onnxruntime-genai")
 @pytest.mark.parametrize("case", CASES)
 def test_onnxruntime_genai(export, case):
@@ -32,6 +38,17 @@ def test_onnxruntime_genai(export, case):
     assert [json.loads(line) for line in lines] == ragged.tokens.tolist()
     text = run(sys.executable, script, folder, words(prompt), "--max-tokens", 12)
     assert text == words(answer)
+
+
+@pytest.mark.skipif(not find_spec("onnxruntime_genai"), reason="needs onnxruntime-genai")
+def test_onnxruntime_genai_stops_each_prompt_at_its_end_of_text(export):
+    ragged = batches("p4")[-1]
+    first, *others = ragged.tokens.tolist()
+    assert all(first[4] not in other for other in others)
+    folder = export("p4", end=first[4], target="genai", precision="fp32")
+    script = EXAMPLES / "genai" / "generate.py"
+    lines = run(sys.executable, script, folder, *tokens_option(*ragged.prompts)).splitlines()
+    assert [json.loads(line) for line in lines] == [first[:5], *others]
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")
