@@ -18,14 +18,19 @@ LAYOUTS = {"mlx": "mlx", "hf": "pt"}  # name: what a safetensors file says of it
 
 
 def write_model(
-    folder: Path, model: Model, config: dict, *, to: str = "mlx", progress: bool = False
+    folder: Path,
+    model: Model,
+    config: dict,
+    *,
+    to: str = "mlx",
+    donate: bool = True,
+    progress: bool = False,
 ) -> None:
     """Write configuration and weights as mlx-lm's ``save`` does, a tensor at a time.
 
-    The model's own references to its weights are dropped, so that a weight can leave the memory as
-    soon as its shard is written.
-
     Args:
+        donate: drop the model's own references to its weights, so that a weight can leave the
+            memory as soon as its shard is written; the model is of no use afterwards.
         to: "mlx", or "hf" for the published names and the published order of the columns.
     """
     folder.mkdir()
@@ -37,7 +42,8 @@ def write_model(
     # Some versions start with an empty shard where the first tensor fills one.
     shards = [shard for shard in make_shards(weights, SHARD_GB) if shard]
     metadata = {"total_size": size, "total_parameters": get_total_parameters(model)}
-    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    if donate:
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     weights.clear()
     weight_map: dict[str, str] = {}
     count = len(shards)

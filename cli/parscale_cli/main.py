@@ -11,6 +11,8 @@ from parscale_cli.doctor import doctor
 from parscale_cli.export_onnx import export_onnx
 from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
+from parscale_cli.plot import plot
+from parscale_cli.train import train
 from parscale_cli.verify import verify
 
 DEBUG = "PARSCALE_DEBUG"
@@ -35,8 +37,8 @@ class _OneLineErrors(click.Group):
 @click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="parscale")
 def cli():
-    """Run ParScale language models with MLX, convert them, and export them to ONNX."""
+    """Run and train ParScale language models with MLX, and export them to ONNX."""
 
 
-for command in (generate, chat, convert, fuse, export_onnx, verify, doctor):
+for command in (generate, chat, convert, fuse, train, plot, export_onnx, verify, doctor):
     cli.add_command(command)

@@ -1,0 +1,145 @@
+"""The model that a run starts from, with what it trains unfrozen and the rest frozen."""
+
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+from parscale_mlx.adapter import fingerprint, is_stream_parameter, load_adapter, with_streams
+from parscale_mlx.graft import graft, grafted_config, make_prefixes
+from parscale_mlx.load import find_folder, load_model, model_classes, read_config
+from parscale_mlx.model import Model
+from parscale_mlx.training.documents import Document
+from parscale_mlx.training.settings import TrainSettings
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map_with_path
+
+
+@dataclass
+class Start:
+    """A model ready to be trained.
+
+    Attributes:
+        config: its ``config.json``.
+        folder: where its tokenizer is.
+        backbone_sha256: the backbone's fingerprint, where only streams are trained.
+    """
+
+    model: Model
+    config: dict
+    folder: Path
+    backbone_sha256: str | None = None
+
+
+def start_folder(settings: TrainSettings) -> Path:
+    """The folder of the model, or of the configuration, that a run starts from.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or the sequences are longer than the model's.
+    """
+    folder = find_folder(settings.model or settings.config or "")
+    longest = read_config(folder).get("max_position_embeddings", 32768)
+    if settings.seq_length > longest:
+        raise ValueError(
+            f"--seq-length {settings.seq_length} is more than the model's "
+            f"max_position_embeddings {longest} ({folder / 'config.json'})"
+        )
+    return folder
+
+
+def make_start(settings: TrainSettings, folder: Path, documents: list[Document]) -> Start:
+    """Build or load the model; the global random state is set from the run's seed.
+
+    Args:
+        folder: from ``start_folder``.
+        documents: what grafted prefixes are made from.
+
+    Raises:
+        FileNotFoundError, ValueError: the model or adapter is none, or does not suit the stage.
+    """
+    mx.random.seed(settings.seed)
+    if settings.config is not None:
+        return _from_nothing(folder, settings)
+    dtype = getattr(mx, settings.dtype) if settings.trains_backbone else None
+    sha256 = None if settings.trains_backbone else fingerprint(folder)
+    model, config = load_model(folder, dtype=dtype)
+    if settings.trains_backbone and "quantization" in config:
+        raise ValueError(f"{folder}: quantised weights cannot be trained, only streams over them")
+    if settings.adapter is not None:
+        adapter = load_adapter(settings.adapter, backbone=folder)
+        sizes = dict(streams=adapter.streams, prefix_tokens=adapter.prefix_tokens)
+        config = grafted_config(config, **sizes) | {"parscale_attn_smooth": adapter.smooth}
+        model = with_streams(model, adapter)
+    elif settings.streams is not None:
+        config = _graft(settings, model, config, documents)
+    elif settings.stage == "streams" and model.args.parscale_n == 1:
+        raise ValueError(f"{folder}: this model has no streams; say how many (--streams)")
+    if not settings.trains_backbone:
+        _train_streams_only(model, getattr(mx, settings.dtype))
+    mx.eval(model.parameters())
+    return Start(model, config, folder, sha256)
+
+
+def _from_nothing(folder: Path, settings: TrainSettings) -> Start:
+    config = read_config(folder)
+    try:
+        model_class, args_class = model_classes(config)
+        model = model_class(args_class.from_dict(config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    scale = config.get("initializer_range", 0.02)
+    # The residual stream is a sum over all layers: what adds to it starts smaller (GPT-2).
+    residual = scale / sqrt(2 * model.args.num_hidden_layers)
+
+    def initial(name: str, weight: mx.array) -> mx.array:
+        if weight.ndim == 1:
+            return mx.zeros_like(weight) if name.endswith("bias") else mx.ones_like(weight)
+        adds = name.endswith(("o_proj.weight", "down_proj.weight"))
+        return mx.random.normal(weight.shape, scale=residual if adds else scale)
+
+    model.update(tree_map_with_path(initial, model.parameters()))
+    model.set_dtype(getattr(mx, settings.dtype))
+    mx.eval(model.parameters())
+    return Start(model, config, folder)
+
+
+def _graft(settings: TrainSettings, model: Model, config: dict, documents: list[Document]) -> dict:
+    """Give a plain model streams, in place; its new configuration."""
+    streams, tokens = settings.streams or 1, settings.prefix_tokens
+    config = grafted_config(config | {"parscale_attn_smooth": settings.smooth}, streams=streams,
+                            prefix_tokens=tokens)  # fmt: skip
+    if settings.init == "text":
+        prefixes = make_prefixes(model, _pieces(settings, documents))
+    else:
+        args, scale = model.args, config.get("initializer_range", 0.02)
+        shape = (streams, args.num_key_value_heads, tokens, args.head_dim)
+        prefixes = [
+            (mx.random.normal(shape, scale=scale), mx.random.normal(shape, scale=scale))
+            for _ in model.layers
+        ]
+    graft(model, config, prefixes)
+    return config
+
+
+def _pieces(settings: TrainSettings, documents: list[Document]) -> mx.array:
+    """A piece of the training text for each stream, [P, prefix_tokens]."""
+    text = np.concatenate([d.tokens for d in documents])
+    room = len(text) - settings.prefix_tokens
+    if room < 0:
+        raise ValueError(
+            f"the training data has {len(text)} tokens, fewer than --prefix-tokens "
+            f"{settings.prefix_tokens}"
+        )
+    starts = np.random.default_rng(settings.seed).integers(0, room + 1, settings.streams)
+    return mx.array(np.stack([text[n : n + settings.prefix_tokens] for n in starts]))
+
+
+def _train_streams_only(model: Model, dtype: mx.Dtype) -> None:
+    model.freeze()
+    for layer in model.layers:
+        layer.self_attn.unfreeze(recurse=False, keys=["prefix_k", "prefix_v"])
+    model.model.aggregator.unfreeze()
+    streams = dict(tree_flatten(model.trainable_parameters())).items()
+    assert all(is_stream_parameter(name) for name, _ in streams)
+    model.load_weights([(name, value.astype(dtype)) for name, value in streams], strict=False)
