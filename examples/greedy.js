@@ -38,7 +38,8 @@ function emptyCache(ort, session, config) {
     if (!name.startsWith('past_key_values.')) continue;
     // The streams' caches are rows of the batch, unless the export has them as heads.
     const rows = shape[0] === 'batch_size_times_streams' ? config.parscale_n : 1;
-    pasts[name] = new ort.Tensor(type, [], [rows, shape[1], 0, shape[3]]);
+    const nothing = type === 'float16' ? new Uint16Array(0) : new Float32Array(0);
+    pasts[name] = new ort.Tensor(type, nothing, [rows, shape[1], 0, shape[3]]);
   }
   return pasts;
 }

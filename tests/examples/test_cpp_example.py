@@ -41,6 +41,12 @@ def test_cpp(export, program, case, kv_layout):
     assert run(program, *arguments, answer[3]) == ",".join(map(str, stopped))
 
 
+def test_cpp_with_a_cache_in_float16(export, program):
+    prompt, answer = prompt_and_answer("p4")
+    ids = run(program, export("p4", precision="fp16"), ",".join(map(str, prompt)), 12)
+    assert ids == ",".join(map(str, answer))
+
+
 def test_cpp_says_what_is_wrong(export, program):
     arguments = [program, EXAMPLES / "nothing", "1,2"]
     result = subprocess.run(arguments, capture_output=True, text=True, timeout=60)

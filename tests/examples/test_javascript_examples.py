@@ -16,6 +16,12 @@ def test_onnxruntime_node(export, node, case, kv_layout):
     assert run(node, script, folder, words(prompt), "--max-tokens", 12) == words(answer)
 
 
+def test_onnxruntime_node_with_a_cache_in_float16(export, node):
+    prompt, answer = prompt_and_answer("p4")
+    script, folder = EXAMPLES / "node" / "generate.js", export("p4", precision="fp16")
+    assert json.loads(run(node, script, folder, *tokens_option(prompt))) == answer
+
+
 def test_onnxruntime_node_stops_at_the_end_of_text(export, node):
     prompt, answer = prompt_and_answer("p4")
     script, folder = EXAMPLES / "node" / "generate.js", export("p4", end=answer[4])

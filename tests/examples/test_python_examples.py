@@ -20,6 +20,12 @@ def test_onnxruntime(export, case, kv_layout):
     assert text == words(answer)
 
 
+def test_onnxruntime_with_a_cache_in_float16(export):
+    prompt, answer = prompt_and_answer("p4")
+    script, folder = EXAMPLES / "python" / "generate.py", export("p4", precision="fp16")
+    assert json.loads(run(sys.executable, script, folder, *tokens_option(prompt))) == answer
+
+
 def test_onnxruntime_stops_at_the_end_of_text(export):
     prompt, answer = prompt_and_answer("p4")
     script, folder = EXAMPLES / "python" / "generate.py", export("p4", end=answer[4])
