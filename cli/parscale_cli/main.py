@@ -13,6 +13,7 @@ from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
 from parscale_cli.plot import plot
 from parscale_cli.train import train
+from parscale_cli.scaling_law import scaling_law
 from parscale_cli.verify import verify
 
 DEBUG = "PARSCALE_DEBUG"
@@ -40,5 +41,7 @@ def cli():
     """Run and train ParScale language models with MLX, and export them to ONNX."""
 
 
-for command in (generate, chat, convert, fuse, train, plot, export_onnx, verify, doctor):
+for command in (
+    generate, chat, convert, fuse, train, plot, export_onnx, verify, scaling_law, doctor,
+):  # fmt: skip
     cli.add_command(command)

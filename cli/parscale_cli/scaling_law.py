@@ -1,0 +1,141 @@
+"""``parscale scaling-law``: fit the parallel scaling law, and ask it what streams are worth."""
+
+import json
+from pathlib import Path
+
+import click
+
+from parscale_cli.drawing import check_plot, plot_option, require
+from parscale_cli.quantities import ParameterCount, WholeNumbers, count
+
+NAMES = ("E", "A", "alpha", "k")
+
+
+@click.command("scaling-law")
+@click.argument(
+    "table",
+    required=False,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--parameters",
+    type=ParameterCount(),
+    help="Say what streams do for a model of N parameters outside the embedding, such as 1.6B.",
+)
+@click.option(
+    "--streams",
+    type=WholeNumbers("P,P"),
+    default=(1, 2, 4, 8),
+    help="The numbers of streams to say it for.  [default: 1,2,4,8]",
+)
+@click.option(
+    "--bootstrap",
+    type=click.IntRange(10),
+    default=200,
+    show_default=True,
+    metavar="N",
+    help="Resamples for the intervals.",
+)
+@click.option(
+    "--confidence",
+    type=click.FloatRange(50, 99.9),
+    default=95,
+    show_default=True,
+    metavar="PERCENT",
+    help="Of the intervals.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the resamples.")
+@plot_option("lines of equal loss over parameters and streams")
+@click.option("--force", is_flag=True, help="Replace an existing plot.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def scaling_law(table, parameters, streams, bootstrap, confidence, seed, plot, force, as_json):
+    """Fit L = E + (A / (N (k ln P + 1)))^alpha to a table of losses, CSV.
+
+    The columns are parameters, streams and loss; a column dataset, if there is one, names several
+    tables in one file. Without a TABLE, the 48 losses of the ParScale paper are fitted: 24 on
+    Stack-V2-Python and 24 on the Pile.
+    """
+    require("scipy", "scaling-law")
+    require("threadpoolctl", "scaling-law")
+    check_plot(plot, force=force)
+    from parscale_cli.analysis import fit
+    from parscale_cli.analysis.losses import PAPER_LOSSES, read_losses
+
+    fits, reports = [], []
+    for losses in read_losses(table or PAPER_LOSSES):
+        law = fit.fit(losses)
+        laws = fit.bootstrap(losses, law, bootstrap, seed)
+        fits.append((losses, law))
+        report = {
+            "dataset": losses.dataset,
+            "losses": len(losses.loss),
+            "r_squared": fit.r_squared(losses, law),
+            "confidence": confidence,
+            "parameters": {
+                name: _with_interval(
+                    getattr(law, name), [getattr(x, name) for x in laws], confidence
+                )
+                for name in NAMES
+            },
+        }
+        if parameters is not None:
+            report["predictions"] = [
+                _predict(law, laws, parameters, p, confidence)
+                | {"extrapolated": not losses.covers(parameters, p)}
+                for p in streams
+            ]
+        reports.append(report)
+    if plot is not None:
+        from parscale_cli.analysis.contour import draw
+        from parscale_cli.analysis.figures import save
+
+        save(draw(fits), plot)
+    if as_json:
+        click.echo(json.dumps({"fits": reports}))
+        return
+    for report in reports:
+        _print(report)
+
+
+def _predict(law, laws: list, parameters: int, streams: int, confidence: float) -> dict:
+    return {
+        "parameters": parameters,
+        "streams": streams,
+        "loss": _with_interval(
+            law.loss(parameters, streams), [x.loss(parameters, streams) for x in laws], confidence
+        ),
+        "equivalent_parameters": _with_interval(
+            law.equivalent_parameters(parameters, streams),
+            [x.equivalent_parameters(parameters, streams) for x in laws],
+            confidence,
+        ),
+    }
+
+
+def _with_interval(value: float, draws: list[float], confidence: float) -> dict[str, float]:
+    import numpy as np
+
+    rest = (100 - confidence) / 2
+    low, high = np.percentile(draws, [rest, 100 - rest])
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def _print(report: dict) -> None:
+    click.echo(
+        f"{report['dataset']}: {report['losses']} losses, R² {report['r_squared']:.4f}; "
+        f"in brackets, where {report['confidence']:g} % of the resamples fall"
+    )
+    for name in NAMES:
+        click.echo(f"  {name:6}" + _bracketed(report["parameters"][name], "{:.4g}".format))
+    for prediction in report.get("predictions", []):
+        size = count(prediction["parameters"])
+        click.echo(
+            f"  {size} with P={prediction['streams']}: "
+            f"loss {_bracketed(prediction['loss'], '{:.4f}'.format)}, as "
+            f"{_bracketed(prediction['equivalent_parameters'], count)} parameters without streams"
+            + (" (beyond the table)" if prediction["extrapolated"] else "")
+        )
+
+
+def _bracketed(estimate: dict[str, float], shown) -> str:
+    return f"{shown(estimate['value'])} [{shown(estimate['low'])}, {shown(estimate['high'])}]"
