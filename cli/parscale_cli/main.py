@@ -12,8 +12,8 @@ from parscale_cli.export_onnx import export_onnx
 from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
 from parscale_cli.plot import plot
-from parscale_cli.train import train
 from parscale_cli.scaling_law import scaling_law
+from parscale_cli.train import train
 from parscale_cli.verify import verify
 
 DEBUG = "PARSCALE_DEBUG"
