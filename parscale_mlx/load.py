@@ -159,17 +159,34 @@ def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) ->
     """Of the stream adapters over a model, the one with as many streams as are wanted.
 
     Args:
-        folder: the model's.
-        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
+        folder, adapters: as for ``find_adapters``.
         streams: None for the most that there are; 1 for the model without streams.
 
     Returns:
         The adapter's folder, or None for the model as it is.
 
     Raises:
+        FileNotFoundError, ValueError: as ``find_adapters``; or neither the model nor an adapter
+            has as many streams as are wanted.
+    """
+    found = find_adapters(folder, adapters)
+    wanted = max(found) if streams is None else streams
+    if wanted not in found:
+        there = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"no model or adapter here has {wanted} streams, only {there}")
+    return found[wanted]
+
+
+def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | None]:
+    """The stream adapters over a model by their number of streams, and None for the model's own.
+
+    Args:
+        folder: the model's.
+        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
+
+    Raises:
         FileNotFoundError: a folder is not there.
-        ValueError: one is not a stream adapter, two have equally many streams, or neither the
-            model nor an adapter has as many as are wanted.
+        ValueError: one is not a stream adapter, or two have equally many streams.
     """
     found: dict[int, Path | None] = {read_config(folder).get("parscale_n", 1): None}
     for adapter in adapters or sorted((folder / "adapters").glob("*/")):
@@ -177,11 +194,7 @@ def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) ->
         if n in found:
             raise ValueError(f"{found[n] or folder} and {adapter} both have {n} streams")
         found[n] = adapter
-    wanted = max(found) if streams is None else streams
-    if wanted not in found:
-        there = ", ".join(map(str, sorted(found)))
-        raise ValueError(f"no model or adapter here has {wanted} streams, only {there}")
-    return found[wanted]
+    return found
 
 
 def model_classes(config: dict) -> tuple[type[Model], type[ModelArgs]]:

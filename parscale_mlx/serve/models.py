@@ -1,0 +1,141 @@
+"""The models of a server: one backbone in memory, one name for each number of streams over it."""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parscale_mlx.adapter import load_adapter, with_streams
+from parscale_mlx.load import find_adapters, load_model, load_tokenizer
+from parscale_mlx.model import Model
+from parscale_mlx.serve.failure import RequestFailed
+from parscale_mlx.serve.settings import Settings
+from parscale_mlx.serve.taps import StreamTap
+
+import mlx.core as mx
+from mlx_lm.server import ModelProvider
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+PREFILL_STEP = 2048
+PROMPTS_AT_ONCE = 8
+
+
+def open_models(
+    folder: Path, adapters: Sequence[Path]
+) -> tuple[dict[int, Model], TokenizerWrapper]:
+    """Load a model and the stream adapters over it.
+
+    Args:
+        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
+
+    Returns:
+        By number of streams, models that share their backbone's arrays; and the tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``parscale_mlx.load``.
+    """
+    found = find_adapters(folder, adapters)
+    backbone, config = load_model(folder)
+    models = {}
+    for streams, adapter in sorted(found.items()):
+        model = backbone
+        if adapter is not None:
+            model = with_streams(backbone, load_adapter(adapter, backbone=folder))
+        # What the model computes once and keeps (tables of its rotary embedding) is computed here,
+        # not on the thread that generates.
+        mx.eval(model.parameters(), model(mx.array([[0]]), cache=model.make_cache()))
+        models[streams] = model
+    return models, load_tokenizer(folder, config)
+
+
+class ServedModels(ModelProvider):
+    """mlx-lm's provider of models, over models that are in memory already.
+
+    Args:
+        models: by number of streams, as ``open_models`` gives them.
+        name: what clients call the model; ``NAME:pP`` is the one with P streams.
+        streams: those of the model behind ``name`` alone; by default the most that there are.
+
+    Raises:
+        ValueError: there is no model of so many streams.
+    """
+
+    def __init__(
+        self,
+        models: dict[int, Model],
+        tokenizer: TokenizerWrapper,
+        *,
+        name: str,
+        settings: Settings,
+        streams: int | None = None,
+    ):
+        super().__init__(_mlx_lm_arguments(settings))
+        self.taps = {f"{name}:p{n}": StreamTap(model) for n, model in models.items()}
+        self.shared_tokenizer = tokenizer
+        self.settings = settings
+        self.vocabulary = next(iter(models.values())).args.vocab_size
+        self.context = next(iter(models.values())).args.max_position_embeddings
+        if streams is not None and streams not in models:
+            there = ", ".join(map(str, models))
+            raise ValueError(f"no model or adapter here has {streams} streams, only {there}")
+        self.default = f"{name}:p{streams or max(models)}"
+        self.aliases = {name: self.default, "default_model": self.default}
+
+    @property
+    def names(self) -> list[str]:
+        """What clients may ask for: the name alone, and the name with each number of streams."""
+        return [next(iter(self.aliases)), *self.taps]
+
+    def resolve(self, name: str | None) -> str:
+        """The full name of the model that a request means.
+
+        Raises:
+            RequestFailed: there is no such model here.
+        """
+        full = self.default if name is None else self.aliases.get(name, name)
+        if full not in self.taps:
+            raise RequestFailed(
+                404, f"no model {name!r} here, only {', '.join(self.names)}", "model_not_found"
+            )
+        return full
+
+    def load_default(self):
+        self.load(self.default)
+
+    def load(self, model_path, adapter_path=None, draft_model_path=None):
+        # Nothing is read here: a request picks one of the models in memory, or fails.
+        # mlx-lm's attributes are typed by the None they begin with.
+        self.model: Any = self.taps[model_path]
+        self.tokenizer: Any = self.shared_tokenizer
+        self.model_key: Any = (model_path,)
+        self.is_batchable = True
+        return self.model, self.tokenizer
+
+
+def _mlx_lm_arguments(settings: Settings) -> Namespace:
+    """What mlx-lm's server would have parsed from its command line."""
+    return Namespace(
+        model=None,
+        adapter_path=None,
+        draft_model=None,
+        num_draft_tokens=0,
+        trust_remote_code=False,
+        chat_template="",
+        chat_template_args={},
+        use_default_chat_template=False,
+        pipeline=False,
+        allowed_origins=list(settings.allowed_origins),
+        max_tokens=settings.max_tokens,
+        temp=settings.temperature,
+        top_p=1.0,
+        top_k=0,
+        min_p=0.0,
+        decode_concurrency=settings.max_concurrent,
+        prompt_concurrency=min(PROMPTS_AT_ONCE, settings.max_concurrent),
+        prefill_step_size=PREFILL_STEP,
+        prompt_cache_size=settings.prompt_cache_size,
+        prompt_cache_bytes=settings.prompt_cache_bytes,
+        kv_bits=None,
+        kv_group_size=64,
+        quantized_kv_start=0,
+    )

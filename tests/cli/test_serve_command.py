@@ -1,0 +1,108 @@
+"""``parscale serve`` as a process: what it prints, how it stops, what it refuses."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from http.client import HTTPConnection
+
+import pytest
+from serving import CHAT, chat
+from tiny_models import error_line
+
+RUN = [sys.executable, "-c", "from parscale_cli.main import cli; cli()", "serve"]
+
+
+@contextmanager
+def process(*arguments, **environment):
+    """The command, once it serves: the process, and the line that says where."""
+    command = [*RUN, *map(str, arguments), "--port", "0"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    ) as run:
+        try:
+            line = run.stderr.readline()
+            assert line.startswith("Serving "), line + run.stderr.read()
+            yield run, line
+        finally:
+            run.kill()
+
+
+def connect(line: str) -> HTTPConnection:
+    return HTTPConnection("127.0.0.1", int(re.search(r":(\d+)$", line.strip())[1]), timeout=60)
+
+
+def start_stream(connection: HTTPConnection, headers=None):
+    """Ask for a long answer and read the beginning of it."""
+    fields = {"stream": True, "stream_options": {"include_usage": True}}
+    body = chat("Hi", max_tokens=400, logit_bias={"319": -100}, **fields)
+    connection.request("POST", CHAT, json.dumps(body), headers or {})
+    response = connection.getresponse()
+    assert response.status == 200
+    while not response.readline().startswith(b"data: "):
+        pass
+    return response
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_running_answers_finish(backbone, adapter, number):
+    arguments = ("--model", backbone, "--adapter", adapter, "--name", "mine", "--streams", 1)
+    key = {"Authorization": "Bearer k"}
+    with process(*arguments, PARSCALE_API_KEY="k") as (run, line):
+        assert line.startswith("Serving mine, mine:p1, mine:p4 on http://127.0.0.1:")
+        response = start_stream(connect(line), key)
+        run.send_signal(number)
+        while True:
+            late = connect(line)
+            try:
+                late.request("POST", CHAT, json.dumps(chat("Hi")), key)
+            except ConnectionRefusedError:
+                break
+            if late.getresponse().status == 503:
+                break
+        lines = response.read().decode().split("\n\n")
+        assert lines[-2] == "data: [DONE]"
+        last = json.loads(lines[-3].removeprefix("data: "))
+        assert last["usage"]["completion_tokens"] == 400 and last["model"] == "mine:p1"
+        assert run.wait(20) == 0
+        log = run.stderr.read()
+    assert "Traceback" not in log
+    assert re.search(r"INFO 127.0.0.1 POST /v1/chat/completions 200 \d", log)
+
+
+def test_a_second_signal_ends_them(model):
+    with process("--model", model, "--log-level", "warning") as (run, line):
+        response = start_stream(connect(line))
+        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(20) == 0
+        assert b"[DONE]" not in response.read()
+        assert run.stderr.read() == ""
+
+
+def test_a_port_that_is_taken(parscale, model):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = parscale("serve", "--model", model, "--port", port)
+    assert result.exit_code == 1 and "in use" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        (["--model", "/nowhere"], 1, "/nowhere"),
+        (["--streams", "3"], 1, "3 streams"),
+        (["--host", "no.such.host.invalid"], 1, "no.such.host.invalid"),
+        (["--max-concurrent", "0"], 2, "--max-concurrent"),
+        (["--timeout", "0"], 2, "--timeout"),
+        (["--api-key", ""], 2, "--api-key"),
+        (["--name", "a:p4"], 2, "--name"),
+    ],
+)
+def test_bad_options(parscale, model, arguments, code, word):
+    result = parscale("serve", "--model", model, *arguments)
+    assert result.exit_code == code and word in error_line(result)

@@ -1,0 +1,132 @@
+"""``parscale serve`` under a bounded burst of good and bad clients."""
+
+import random
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from parscale_mlx.serve.models import open_models
+
+import mlx.core as mx
+import pytest
+from serving import CHAT, TEXT, Reference, chat, metric, post, raw, raw_post, request, serving
+
+QUESTIONS = [f"question {word} of many" for word in ("one", "two", "three", "four", "five", "six")]
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def opened(backbone, adapter, adapter2):
+    return open_models(backbone, [adapter, adapter2])
+
+
+def good(server, n: int, expected: dict) -> str:
+    question, streams = QUESTIONS[n % 6], (4, 4, 2, 1)[n % 4]
+    body = chat(question, model=f"tiny:p{streams}", max_tokens=LENGTH, stream=n % 3 == 0)
+    while (answer := post(server, CHAT, body)).status in (429, 503):
+        assert answer.headers["Retry-After"]
+        time.sleep(0.05)
+    assert answer.status == 200
+    if n % 3:
+        text = answer.text()
+    else:
+        text = "".join(c["choices"][0]["delta"].get("content", "") for c in answer.chunks())
+    assert text == expected[question, streams], "another's text"
+    return "answered"
+
+
+def slow_reader(server, n: int, expected: dict) -> str:
+    question = QUESTIONS[n % 6]
+    body = raw_post(CHAT, chat(question, max_tokens=LENGTH, stream=True, model="tiny:p4"))
+    received = b""
+    with raw(server, body) as connection:
+        while part := connection.recv(211):
+            received += part
+            time.sleep(0.005)
+    status = received.split(b" ", 2)[1]
+    if status in (b"429", b"503"):
+        return "busy"
+    assert status == b"200" and received.endswith(b"data: [DONE]\n\n")
+    return "answered"
+
+
+def hangs_up(server, n: int, expected: dict) -> str:
+    body = raw_post(CHAT, chat("y" * 40, max_tokens=400, stream=n % 2 == 0, model="tiny:p4"))
+    with raw(server, body) as connection:
+        connection.settimeout(0.02 * (n % 5) + 0.001)
+        with suppress(TimeoutError):
+            connection.recv(10)
+        if n % 3 == 0:
+            # Reset instead of an orderly end.
+            linger = b"\1\0\0\0\0\0\0\0"
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    return "gone"
+
+
+def bad(server, n: int, expected: dict) -> str:
+    path, body, status = [
+        (CHAT, b"{", 400),
+        (CHAT, chat("x" * 2000), 400),
+        (TEXT, {"prompt": ""}, 400),
+        (CHAT, chat("Hi", model="gpt-4"), 404),
+        (TEXT, b"z" * 70_000, 413),
+        ("/v1/nothing", b"{}", 404),
+    ][n % 6]
+    answer = post(server, path, body)
+    assert answer.status in (status, 429, 503)
+    return "refused"
+
+
+def test_a_burst_of_all_kinds_of_clients(opened):
+    reference = Reference(*opened)
+    expected = {
+        (question, streams): reference.chat(question, LENGTH, streams)
+        for question in QUESTIONS
+        for streams in (1, 2, 4)
+    }
+    clients = [good] * 60 + [slow_reader] * 12 + [hangs_up] * 24 + [bad] * 24
+    random.Random(5).shuffle(clients)
+    settings = dict(max_concurrent=12, max_request_bytes=60_000, prompt_cache_size=4)
+    with serving(opened, **settings) as server:
+        threads = threading.active_count()
+        with ThreadPoolExecutor(24) as pool:
+            runs = [pool.submit(kind, server, n, expected) for n, kind in enumerate(clients)]
+            outcomes = [run.result(timeout=60) for run in runs]
+        assert outcomes.count("answered") >= 60 and outcomes.count("refused") == 24
+        settle(server, threads)
+        held = mx.get_active_memory()
+        # Quiet again, all of it is answered, and nothing of the burst is left behind.
+        for n in range(12):
+            assert good(server, n, expected) == "answered"
+        with ThreadPoolExecutor(12) as pool:
+            list(pool.map(lambda n: hangs_up(server, n, expected), range(24)))
+        settle(server, threads)
+        assert mx.get_active_memory() < held * 1.5
+        assert metric(server, "parscale_prompt_cache_sequences") <= 4
+        assert request(server, "GET", "/health").status == 200
+
+
+def settle(server, threads: int) -> None:
+    end = time.monotonic() + 20
+    while (server.busy or server.connections) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not server.busy and not server.connections
+    for name in ("parscale_requests_waiting", "parscale_requests_running"):
+        assert metric(server, name) == 0
+    assert server.answers.requests.empty()
+    assert threading.active_count() <= threads + 1
+
+
+def test_connections_that_do_nothing_leave_room_for_others(opened):
+    with serving(opened, max_concurrent=1, read_timeout=1) as server:
+        idle = [raw(server, b"") for _ in range(80)]
+        end = time.monotonic() + 10
+        while len(server.connections) < 60 and time.monotonic() < end:
+            time.sleep(0.02)
+        assert len(server.connections) <= 65
+        time.sleep(1.5)
+        assert post(server, CHAT, chat("Hi")).status == 200
+        for connection in idle:
+            connection.close()
