@@ -42,7 +42,6 @@ class Request(CompletionRequest):
     observe: Callable[[GenerationContext, Response, Piece], None] = lambda *_: None
     pieces: Pieces = field(default_factory=Pieces)
     cancelled: bool = False
-    _polled: float = field(default_factory=monotonic)
 
     def check(self) -> None:
         """End the request if nobody waits for it any more.
@@ -50,15 +49,12 @@ class Request(CompletionRequest):
         Raises:
             RequestFailed: its time is up or its client is gone.
         """
-        now = monotonic()
-        if now > self.deadline:
+        if monotonic() > self.deadline:
             self.cancelled = True
             raise RequestFailed(504, "the answer took longer than this server allows", "timeout")
-        if now > self._polled + POLL:
-            self._polled = now
-            if self.hung_up():
-                self.cancelled = True
-                raise RequestFailed(HUNG_UP, "the client has hung up")
+        if self.hung_up():
+            self.cancelled = True
+            raise RequestFailed(HUNG_UP, "the client has hung up")
 
 
 class PromptCache(LRUPromptCache):

@@ -78,7 +78,7 @@ def test_a_second_signal_ends_them(model):
     with process("--model", model, "--log-level", "warning") as (run, line):
         response = start_stream(connect(line))
         run.send_signal(signal.SIGTERM)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(signal.SIGINT)
         assert run.wait(20) == 0
         assert b"[DONE]" not in response.read()
         assert run.stderr.read() == ""

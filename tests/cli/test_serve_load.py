@@ -86,7 +86,7 @@ def test_a_burst_of_all_kinds_of_clients(opened):
         for question in QUESTIONS
         for streams in (1, 2, 4)
     }
-    clients = [good] * 60 + [slow_reader] * 12 + [hangs_up] * 24 + [bad] * 24
+    clients = [good] * 40 + [slow_reader] * 8 + [hangs_up] * 16 + [bad] * 18
     random.Random(5).shuffle(clients)
     settings = dict(max_concurrent=12, max_request_bytes=60_000, prompt_cache_size=4)
     with serving(opened, **settings) as server:
@@ -94,7 +94,7 @@ def test_a_burst_of_all_kinds_of_clients(opened):
         with ThreadPoolExecutor(24) as pool:
             runs = [pool.submit(kind, server, n, expected) for n, kind in enumerate(clients)]
             outcomes = [run.result(timeout=60) for run in runs]
-        assert outcomes.count("answered") >= 60 and outcomes.count("refused") == 24
+        assert outcomes.count("answered") >= 40 and outcomes.count("refused") == 18
         settle(server, threads)
         held = mx.get_active_memory()
         # Quiet again, all of it is answered, and nothing of the burst is left behind.
