@@ -162,7 +162,9 @@ def torch_side(config: dict, streams: int) -> Side:
     return run
 
 
-def build_sides(config: dict, counts: list[int], precision: str, work: Path) -> dict[str, Side]:
+def build_sides(
+    config: dict, counts: list[int], precision: str, kinds: list[str], work: Path
+) -> dict[str, Side]:
     checkpoints = {n: write_checkpoint(work / f"p{n}", config, n) for n in counts}
     sides: dict[str, Side] = {}
     for streams, folder in checkpoints.items():
@@ -170,17 +172,18 @@ def build_sides(config: dict, counts: list[int], precision: str, work: Path) -> 
             output = work / f"{kv_layout}-{streams}"
             export_onnx(folder, output, kv_layout=kv_layout, precision=precision)
             sides[f"fused {kv_layout} P={streams}"] = runner_side(OnnxModel(output, "cpu"))
-    for streams, folder in checkpoints.items():
+    for streams, folder in checkpoints.items() if "naive" in kinds else ():
         output = export_onnx(folder, work / f"naive-{streams}", ops="standard", precision=precision)
         sides[f"naive P={streams}"] = naive_side(OnnxModel(output, "cpu"), streams)
     if precision != "fp32":
         return sides
     try:
-        sides["genai P=1"] = genai_side(write_checkpoint(work / "plain", config, 1), work)
+        if "genai" in kinds:
+            sides["genai P=1"] = genai_side(write_checkpoint(work / "plain", config, 1), work)
     except ImportError as error:
         print(f"genai is left out: {error}")
     try:
-        for streams in counts:
+        for streams in counts if "pytorch" in kinds else ():
             sides[f"PyTorch P={streams}"] = torch_side(config, streams)
     except ImportError as error:
         print(f"PyTorch is left out: {error}")
@@ -216,12 +219,15 @@ def main():
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
     parser.add_argument("--repeats", type=int, default=5, help="measured turns (default 5)")
+    parser.add_argument(
+        "--beside", default="naive,genai,pytorch", help="what to run besides (default all three)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     config = json.loads(args.config.read_text()) if args.config else SMOLLM2
     counts = [int(n) for n in args.streams.split(",")]
     with tempfile.TemporaryDirectory() as work:
-        sides = build_sides(config, counts, args.precision, Path(work))
+        sides = build_sides(config, counts, args.precision, args.beside.split(","), Path(work))
         ids = [n % 1000 for n in range(args.prompt)]
         results = measure(sides, ids, args.tokens, args.repeats)
     if args.json:
