@@ -149,21 +149,26 @@ def fingerprint(folder: Path) -> str:
     checkpoint.check_files(folder)
     if checkpoint.pickle_files(folder):
         raise ValueError(f"{folder}: an adapter's backbone must be safetensors; convert it first")
+    return digest(checkpoint.safetensors_files(folder), leave_out=NOT_BACKBONE)
+
+
+def digest(files: list[Path], *, leave_out: tuple[str, ...] = ()) -> str:
+    """The ``fingerprint`` of safetensors files, but for the tensors with one of these names."""
     tensors = {}
-    for file in checkpoint.safetensors_files(folder):
+    for file in files:
         for name, entry in _header(file).items():
-            if not any(part in name for part in NOT_BACKBONE):
+            if not any(part in name for part in leave_out):
                 tensors[name] = (file, *entry)
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, (file, dtype, shape, start, size) in sorted(tensors.items()):
-        digest.update(f"{name} {dtype} {json.dumps(shape)}\n".encode())
+        sha.update(f"{name} {dtype} {json.dumps(shape)}\n".encode())
         with file.open("rb") as stream:
             stream.seek(start)
-            digest.update(stream.read(min(SAMPLE, size)))
+            sha.update(stream.read(min(SAMPLE, size)))
             rest = max(SAMPLE, size - SAMPLE)
             stream.seek(start + rest)
-            digest.update(stream.read(max(0, size - rest)))
-    return digest.hexdigest()
+            sha.update(stream.read(max(0, size - rest)))
+    return sha.hexdigest()
 
 
 def with_streams(backbone: Model, adapter: Adapter) -> Model:

@@ -39,6 +39,8 @@ def stream_generate(
         if options.get("draft_model") is not None:
             raise ValueError("max_kv_size cannot be used with a draft model")
         prompt_cache = model.make_cache(max_kv_size=max_kv_size)
+    if model.parallel is not None:
+        options["sampler"] = model.parallel.sampler(options.get("sampler"))
     return mlx_lm.stream_generate(
         model, tokenizer, prompt, max_tokens=max_tokens, prompt_cache=prompt_cache, **options
     )
@@ -57,4 +59,6 @@ def batch_generate(model: Model, tokenizer, prompts: list[list[int]], **options)
     """
     if options.get("max_kv_size") is not None:
         raise ValueError("max_kv_size cannot be used in a batch: it would evict the prefix")
+    if model.parallel is not None:
+        options["sampler"] = model.parallel.sampler(options.get("sampler"))
     return mlx_lm.batch_generate(model, tokenizer, prompts, **options)

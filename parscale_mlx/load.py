@@ -1,13 +1,16 @@
 """Load a model from a folder or from the hub, as published or as converted."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from parscale_mlx import checkpoint
-from parscale_mlx.adapter import load_adapter, read_adapter_config, with_streams
+from parscale_mlx.adapter import digest, load_adapter, read_adapter_config, with_streams
 from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
+from parscale_mlx.parallel import plan, share_out
+from parscale_mlx.ranks import check_same, join
 
 import mlx.core as mx
 import transformers
@@ -25,6 +28,7 @@ def load(
     adapter_path: str | Path | None = None,
     dtype: mx.Dtype | None = None,
     revision: str | None = None,
+    parallel: str | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model and its tokenizer.
 
@@ -34,15 +38,25 @@ def load(
             ``parscale_mlx.adapter``.
         dtype: see ``load_model``.
         revision: a branch, tag or commit of a hub repository.
+        parallel: how to share the model with the other processes that ``mlx.launch`` started:
+            "streams", "tensor" or "SxT"; see ``parscale_mlx.parallel.plan``. This process keeps
+            only its share.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as ``load_model``; or there is no tokenizer, or
-            the adapter is not one for this model.
+        FileNotFoundError, ValueError, ImportError: as ``load_model``; or there is no tokenizer, the
+            adapter is not one for this model, or the model cannot be shared so.
     """
     folder = find_folder(path_or_name, revision=revision)
-    model, config = load_model(folder, dtype=dtype)
+    dtype = dtype or _default_dtype()
+    model, config = load_model(folder, dtype=dtype, lazy=parallel is not None)
     if adapter_path is not None:
         model = with_streams(model, load_adapter(adapter_path, backbone=folder))
+    if parallel is not None:
+        group = join()
+        asked = {"data type": str(dtype), "way of sharing": parallel}
+        check_same(group, identity(folder, adapter_path) | asked)
+        share_out(model, plan(parallel, group, model.args))
+        mx.eval(model.parameters())
     return model, load_tokenizer(folder, config)
 
 
@@ -93,8 +107,7 @@ def load_model(
     config.pop("model_file", None)
     if lazy and dtype is None:
         return model, config
-    if dtype is None and mx.default_device() == mx.cpu:
-        dtype = mx.float32
+    dtype = dtype or _default_dtype()
     if dtype is not None:
         model.set_dtype(dtype)
     if not lazy:
@@ -197,6 +210,26 @@ def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | No
     return found
 
 
+def identity(folder: Path, adapter: str | Path | None = None) -> dict[str, str]:
+    """What must not differ between processes that share a model, for ``ranks.check_same``.
+
+    Raises:
+        ValueError: the model is not safetensors.
+    """
+    if checkpoint.pickle_files(folder):
+        raise ValueError(f"{folder}: only safetensors can be shared out; convert the model first")
+    settings = hashlib.sha256()
+    patterns = ("*config.json", *TOKENIZER_FILES)
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+        settings.update(file.read_bytes())
+    adapters = sorted(Path(adapter).glob("*.safetensors")) if adapter is not None else []
+    return {
+        "checkpoint": digest(checkpoint.safetensors_files(folder)),
+        "configuration or tokenizer": settings.hexdigest(),
+        "adapter": digest(adapters),
+    }
+
+
 def model_classes(config: dict) -> tuple[type[Model], type[ModelArgs]]:
     """For mlx-lm's loader: our classes, or an error that names the architecture."""
     model_type = config.get("model_type")
@@ -223,6 +256,10 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise ValueError(f"{file}: not a JSON object")
     return config
+
+
+def _default_dtype() -> mx.Dtype | None:
+    return mx.float32 if mx.default_device() == mx.cpu else None
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ The P streams of a sequence are folded into the attention heads, so that a batch
 every cache, sampler and server of mlx-lm; their prefixes are the first entries of the KV cache.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,7 @@ class Attention(nn.Module):
             queries = self.rope(queries, offset=cache.offset)
             keys = self.rope(keys, offset=cache.offset)
             keys, values = cache.update_and_fetch(keys, values)
-        elif P > 1:
+        elif "prefix_k" in self:
             past_keys, past_values = (mx.repeat(a, B, axis=0) for a in self.prefix(keys.dtype))
             offset = past_keys.shape[2]
             queries = self.rope(queries, offset=offset)
@@ -220,15 +221,19 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [TransformerBlock(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.gather: Callable[[mx.array], mx.array] | None = None
         if args.parscale_n > 1:
             self.aggregator = Aggregator(args)
 
     def __call__(self, inputs: mx.array, cache=None, input_embeddings=None) -> mx.array:
-        """The streams' final hidden states, normalised, [B, P, L, d]."""
+        """The streams' final hidden states, normalised, [B, P, L, d].
+
+        Where other processes run some of the streams, ``gather`` adds theirs.
+        """
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         if cache is None:
             cache = [None] * len(self.layers)
-        elif self.n_streams > 1 and cache[0] is not None and cache[0].empty():
+        elif "aggregator" in self and cache[0] is not None and cache[0].empty():
             raise ValueError(
                 "an empty KV cache holds no prefix; make it with model.make_cache() "
                 "(mlx-lm: make_prompt_cache(model))"
@@ -238,7 +243,8 @@ class Decoder(nn.Module):
         h = mx.broadcast_to(h[:, None], (B, self.n_streams, L, d))
         for layer, c in zip(self.layers, cache, strict=True):
             h = layer(h, mask, c)
-        return self.norm(h)
+        h = self.norm(h)
+        return h if self.gather is None else self.gather(h)
 
 
 class Model(nn.Module):
@@ -249,6 +255,7 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
+        self.parallel: Any = None  # parscale_mlx.parallel.Parallel, if other processes take part
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 

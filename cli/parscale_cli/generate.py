@@ -8,6 +8,7 @@ import click
 
 from parscale_cli import show
 from parscale_cli.adapters import adapter_options
+from parscale_cli.parallel import parallel_option
 from parscale_cli.prompts import encode, read_prompts
 from parscale_cli.runtime import open_runtime, runtime_options
 from parscale_cli.sampling import sampling_options, take_sampling
@@ -84,6 +85,7 @@ from parscale_cli.sampling import sampling_options, take_sampling
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt.")
 @click.option("--quiet", is_flag=True, help="No statistics on standard error.")
 @runtime_options
+@parallel_option
 @click.pass_context
 def generate(
     ctx, model, runtime, texts, prompts_file, system, use_template, show_streams, as_json, quiet,

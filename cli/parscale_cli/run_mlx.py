@@ -1,13 +1,17 @@
 """Generation in MLX: one answer as a stream, or several prompts as one continuous batch."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from parscale_mlx import load, prompt_cache, stream_generate
 from parscale_mlx.default_model import default_model_folder
-from parscale_mlx.load import find_adapter, find_folder
+from parscale_mlx.load import find_adapter, find_folder, identity
+from parscale_mlx.ranks import check_same
 from parscale_mlx.streams import StreamRecorder
 
 import mlx.core as mx
@@ -30,6 +34,7 @@ class MlxRuntime:
         prompt_cache: a file to take a KV cache from, and to leave it in.
         draft_model: a folder or hub name, for speculative decoding.
         kv_bits, kv_group_size, quantized_kv_start, max_kv_size: as mlx-lm's ``generate_step``.
+        parallel: as ``parscale_mlx.load``.
 
     Attributes:
         keep_cache: hold on to the KV cache of one answer for the next, as a conversation wants.
@@ -52,10 +57,11 @@ class MlxRuntime:
         kv_group_size: str = "64",
         quantized_kv_start: int = 5000,
         max_kv_size: int | None = None,
+        parallel: str | None = None,
     ):
         folder = find_folder(model or default_model_folder())
         adapter = find_adapter(folder, adapters, streams)
-        self.model, self.tokenizer = load(folder, adapter_path=adapter)
+        self.model, self.tokenizer = load(folder, adapter_path=adapter, parallel=parallel)
         self.streams = self.model.args.parscale_n
         self.cache_file, self.max_kv_size = prompt_cache, max_kv_size
         self.keep_cache = False
@@ -68,7 +74,10 @@ class MlxRuntime:
                 "quantized_kv_start": quantized_kv_start,
             }
         if draft_model is not None:
-            draft, draft_tokenizer = load(draft_model)
+            draft_folder = find_folder(draft_model)
+            if self.model.parallel is not None:
+                check_same(self.model.parallel.group, identity(draft_folder))
+            draft, draft_tokenizer = load(draft_folder)
             if draft_tokenizer.vocab_size != self.tokenizer.vocab_size:
                 raise ValueError(
                     f"--draft-model {draft_model}: its vocabulary of {draft_tokenizer.vocab_size} "
@@ -82,6 +91,9 @@ class MlxRuntime:
     def answer(
         self, prompts: list[list[int]], sampling: Sampling, *, with_streams: bool
     ) -> Iterator[Piece]:
+        if self.model.parallel is not None:
+            what = hashlib.sha256(json.dumps([prompts, asdict(sampling)]).encode()).hexdigest()
+            check_same(self.model.parallel.group, {"prompt or sampling": what})
         if len(prompts) > 1:
             return answer_batch(self.model, self.tokenizer, prompts, sampling)
         if "draft_model" in self.options:
@@ -159,11 +171,14 @@ def answer_one(
 
 def answer_batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling) -> Iterator[Piece]:
     """Generate for several prompts at once; pieces of different prompts are interleaved."""
+    choosing = _choosing(sampling)
+    if model.parallel is not None:
+        choosing["sampler"] = model.parallel.sampler(choosing["sampler"])
     generator = BatchGenerator(
         model,
         max_tokens=sampling.max_tokens,
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-        **_choosing(sampling),
+        **choosing,
     )
     try:
         uids = generator.insert(prompts)

@@ -1,0 +1,138 @@
+"""What the tests have every rank of a ring do; each returns plain data."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from parscale_mlx.load import load_model
+from parscale_mlx.parallel import Parallel, plan, share_out
+from parscale_mlx.ranks import all_gather, check_same, join
+from parscale_mlx.traffic import sent_bytes, traffic_of_a_token
+from parscale_mlx.watch import watched
+
+import mlx.core as mx
+from golden_cases import GOLDEN, difference, read_rows
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+
+
+def load_share(folder: Path, mode: str, dtype=mx.float32):
+    model, _ = load_model(folder, dtype=dtype, lazy=True)
+    share_out(model, plan(mode, join(), model.args))
+    mx.eval(model.parameters())
+    return model
+
+
+def follow_golden(case: str, mode: str, rows: int, tokens: int) -> list[dict]:
+    """Greedy tokens of a golden case, and how far whole forward passes are from its logits."""
+    with watched(join()):
+        model = load_share(GOLDEN / case, mode)
+        found = []
+        for row in read_rows(GOLDEN / case)[:rows]:
+            steps = generate_step(
+                mx.array(row.ids),
+                model,
+                max_tokens=tokens,
+                prefill_step_size=5,
+                sampler=model.parallel.sampler(None),
+            )
+            greedy = [token for token, _ in steps]
+            whole = difference(model(mx.array([row.ids]))[0], row.logits)
+            found.append({"greedy": greedy == row.greedy_tokens[:tokens], "difference": whole})
+    return found
+
+
+def sizes(model) -> dict[str, int]:
+    """Bytes of a model's caches, and of its prefixes and the rest of its layers."""
+    weights = dict(tree_flatten([layer.parameters() for layer in model.layers]))
+    prefixes = sum(value.nbytes for name, value in weights.items() if "prefix" in name)
+    return {
+        "caches": sum(cache.nbytes for cache in model.make_cache()),
+        "prefixes": prefixes,
+        "layers": sum(value.nbytes for value in weights.values()) - prefixes,
+    }
+
+
+def measure(case: str, mode: str, tokens: int = 4) -> dict[str, int]:
+    """This rank's sizes, and what it sent for a prefill and for each token, with the formula's."""
+    with watched(join()):
+        model = load_share(GOLDEN / case, mode)
+        parallel = model.parallel
+        share_tokens = not parallel.ranks_agree
+        choose = parallel.sampler(lambda logprobs: mx.argmax(logprobs, axis=-1))
+        cache = model.make_cache()
+        start = count_sent()
+        model(mx.array([[1, 2, 3]]), cache=cache)
+        mx.eval([c.state for c in cache])
+        prefilled = count_sent()
+        for token in range(tokens):
+            mx.eval(choose(model(mx.array([[token]]), cache=cache)[:, -1]))
+        formula = traffic_of_a_token(
+            model.args, parallel.streams, parallel.tensor, itemsize=4, share_tokens=share_tokens
+        )
+        return sizes(model) | {
+            "prefill": prefilled - start,
+            "sent": (count_sent() - prefilled) / tokens,
+            "formula": formula.bytes,
+        }
+
+
+def count_sent() -> int:
+    # What was handed to the system is on its way a moment later.
+    time.sleep(0.1)
+    return sent_bytes() or 0
+
+
+def errors_of_plans(cases: list[tuple[str, str]]) -> list[str]:
+    """What ``plan`` says against sharing a golden case in a mode; "" where nothing."""
+    errors = []
+    for case, mode in cases:
+        args = load_model(GOLDEN / case, lazy=True)[0].args
+        try:
+            plan(mode, join(), args)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            errors.append("")
+    return errors
+
+
+def compare_facts(facts: list[dict[str, str]]) -> str | None:
+    group = join()
+    try:
+        check_same(group, facts[group.rank()])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def tokens_of_rank_0(differing: bool) -> tuple[list[list[int]], float]:
+    """Tokens that each rank takes from logits of its own, and a random number of each."""
+    group = join()
+    parallel = Parallel(group, 2, 1)
+    parallel.__dict__["ranks_agree"] = not differing
+    logits = mx.eye(3)[[group.rank(), 2]]
+    greedy = parallel.sampler(lambda logprobs: mx.argmax(logprobs, axis=-1))
+    likeliest = parallel.sampler(None) or greedy
+    taken = [choose(logits).tolist() for choose in (greedy, likeliest)]
+    return taken, mx.random.uniform().item()
+
+
+def end_one(rank: int, how: str) -> None:
+    """Exchange without end; one rank ends soon, while the others wait for it."""
+    with watched(join()):
+        for n in range(10**9):
+            if n == 20 and join().rank() == rank:
+                time.sleep(0.5)
+                if how == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("no memory\nfor this")
+            mx.eval(all_gather(mx.zeros((1, 8)), join()))
+
+
+def run_command_of_rank(arguments: list[list[str]]) -> None:
+    """Run ``parscale``, with arguments for every rank."""
+    from parscale_cli.main import cli
+
+    cli(arguments[int(os.environ["MLX_RANK"])], prog_name="parscale")
