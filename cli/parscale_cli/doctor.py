@@ -58,32 +58,17 @@ def _versions() -> dict[str, str]:
 
 
 def _mlx() -> dict:
-    from parscale_mlx import blas
+    from parscale_mlx import blas, machine
 
     import mlx.core as mx
 
     on_cpu = mx.default_device() == mx.cpu
-    info = mx.device_info() if hasattr(mx, "device_info") else {}
-    name = info.get("device_name") or info.get("architecture") or platform.processor()
     return {
-        "mlx_device": f"{mx.default_device()} {name}".strip(),
+        "mlx_device": machine.device_name(),
         "mlx_on_cpu": on_cpu,
         "blas": blas.answering_library() if on_cpu else None,
-        "gflops": _measure(mx),
+        "gflops": machine.measure_flops(mx.float32) / 1e9,
     }
-
-
-def _measure(mx, size: int = 768) -> float:
-    """GFLOP/s of float32 matrix products of this size, over about half a second."""
-    import time
-
-    a = mx.random.normal((size, size))
-    mx.eval(a @ a)
-    start, products = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.5:
-        mx.eval(a @ a)
-        products += 1
-    return 2 * size**3 * products / (time.perf_counter() - start) / 1e9
 
 
 def _onnxruntime() -> dict:

@@ -7,6 +7,7 @@ import click
 
 from parscale_cli.chat import chat
 from parscale_cli.convert import convert
+from parscale_cli.cost import cost
 from parscale_cli.doctor import doctor
 from parscale_cli.export_onnx import export_onnx
 from parscale_cli.fuse import fuse
@@ -43,6 +44,7 @@ def cli():
 
 
 for command in (
-    generate, chat, serve, convert, fuse, train, plot, export_onnx, verify, scaling_law, doctor,
+    generate, chat, serve, convert, fuse, train, plot, export_onnx, verify,
+    scaling_law, cost, doctor,
 ):  # fmt: skip
     cli.add_command(command)

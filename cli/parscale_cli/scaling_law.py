@@ -25,8 +25,9 @@ NAMES = ("E", "A", "alpha", "k")
 @click.option(
     "--streams",
     type=WholeNumbers("P,P"),
-    default=(1, 2, 4, 8),
-    help="The numbers of streams to say it for.  [default: 1,2,4,8]",
+    default="1,2,4,8",
+    show_default=True,
+    help="The numbers of streams to say it for.",
 )
 @click.option(
     "--bootstrap",

@@ -1,0 +1,199 @@
+"""``parscale cost``: what P streams cost, beside the larger model that is as good."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import click
+
+from parscale_cli.cost_tables import print_headline, print_report
+from parscale_cli.drawing import check_plot, plot_option
+from parscale_cli.quantities import WholeNumbers
+
+THIS = "this"
+DEVICES = (
+    "a100", "a100-40gb", "h100", "h100-pcie", "h200", "m1", "m1-pro", "m1-max", "m1-ultra",
+    "m2", "m2-pro", "m2-max", "m2-ultra", "m3", "m3-pro", "m3-max", "m3-ultra", "m4", "m4-pro",
+    "m4-max",
+)  # fmt: skip
+SIZES = ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B")
+
+
+@click.command()
+@click.argument("model", default="1.6B", metavar=f"[DIR|FILE|{'|'.join(SIZES)}]")
+@click.option(
+    "--streams",
+    type=WholeNumbers("P,P", most=64),
+    default="2,4,8",
+    show_default=True,
+    help="Numbers of streams to price.",
+)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    type=click.Choice((*DEVICES, THIS)),
+    default=("a100",),
+    metavar="NAME",
+    help=f"{', '.join(DEVICES)}, or {THIS}: the machine here, measured. May be given several "
+    "times.  [default: a100]",
+)
+@click.option(
+    "--batch",
+    type=WholeNumbers("N,N"),
+    default="1",
+    show_default=True,
+    help="Sequences at once.",
+)
+@click.option(
+    "--prompt",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens of each prompt.",
+)
+@click.option(
+    "--answer",
+    type=click.IntRange(2),
+    default=256,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens of each answer.",
+)
+@click.option(
+    "--weight-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]),
+    help="Bits of a weight; by default as the model's config.json has it.",
+)
+@click.option(
+    "--kv-bits",
+    type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]),
+    help="Bits of a number in the KV cache; by default those of the activations.",
+)
+@click.option(
+    "--compute-share",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
+    help="Of the device's peak that programs reach.  [default: 70, and 100 of what was measured]",
+)
+@click.option(
+    "--bandwidth-share",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="PERCENT",
+    help="Likewise of the memory bandwidth.  [default: 90, and 100 of what was measured]",
+)
+@click.option(
+    "--law",
+    type=click.Choice(["stack-v2-python", "pile"]),
+    default="stack-v2-python",
+    show_default=True,
+    help="The data whose scaling law says which larger model is as good.",
+)
+@click.option(
+    "--k",
+    type=click.FloatRange(0),
+    help="What streams are worth, from a fit of your own.",
+)
+@click.option("--parts", is_flag=True, help="Show the parts of a decoding step.")
+@click.option(
+    "--paper",
+    is_flag=True,
+    help="Derive the ParScale paper's headline instead, and say what it assumes.",
+)
+@plot_option("loss over memory and over time")
+@click.option("--force", is_flag=True, help="Replace an existing plot.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+def cost(model, devices, law, k, parts, paper, plot, force, as_json, **options):
+    """Count memory and time of P streams, and of the larger plain model with the same loss.
+
+    The model is a folder, a config.json, or one of the paper's sizes. Bytes and operations are
+    counted from its dimensions and timed by a roofline: each part of a step takes as long as its
+    arithmetic or its memory traffic. The larger model is as deep and wider, as in the paper.
+    """
+    check_plot(plot, force=force)
+    if paper:
+        if plot is not None:
+            raise click.UsageError("--plot cannot go with --paper")
+        print_headline(as_json=as_json)
+        return
+    from parscale_cli.analysis.law import PAPER
+    from parscale_cli.analysis.pricing import price
+
+    the_law = PAPER[law] if k is None else replace(PAPER[law], k=k)
+    shape, precision = _model(model, options)
+    report = {
+        "model": model,
+        "shape": asdict(shape),
+        "precision": asdict(precision),
+        "parameters": shape.parameters(),
+        "parameters_outside_embedding": shape.parameters_outside_embedding(),
+        "law": {"dataset": law, **asdict(the_law)},
+        "prompt": options["prompt"],
+        "answer": options["answer"],
+        "devices": [],
+    }
+    for name in devices:
+        machine = _machine(name, precision, options)
+        rows = [
+            price(shape, precision, machine, the_law, streams=p, batch=batch,
+                  prompt=options["prompt"], answer=options["answer"])
+            for batch in options["batch"] for p in sorted({1, *options["streams"]})
+        ]  # fmt: skip
+        report["devices"].append(asdict(machine) | {"rows": rows})
+    if plot is not None:
+        from parscale_cli.analysis.cost_plot import draw
+        from parscale_cli.analysis.figures import save
+
+        save(draw(report), plot)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        print_report(report, parts=parts)
+
+
+def _model(model: str, options: dict):
+    from parscale_cli.analysis.shape import PAPER_SHAPES, Precision, read_shape
+
+    if model in PAPER_SHAPES:
+        shape, precision = PAPER_SHAPES[model], Precision()
+    else:
+        path = Path(model).expanduser()
+        if not path.exists():
+            raise click.UsageError(
+                f"{model}: neither a model folder, nor a config.json, nor one of {', '.join(SIZES)}"
+            )
+        shape, precision = read_shape(path)
+    bits = options["weight_bits"]
+    if bits is not None:
+        others = 32 if int(bits) == 32 else precision.others if int(bits) < 16 else 16
+        precision = replace(precision, weights=int(bits), others=others, cache=others)
+    if options["kv_bits"] is not None:
+        precision = replace(precision, cache=int(options["kv_bits"]))
+    return shape, precision
+
+
+def _machine(name: str, precision, options: dict):
+    from parscale_cli.analysis import devices
+    from parscale_cli.analysis.roofline import Machine
+
+    if name == THIS:
+        device, compute, bandwidth = _measure(precision.others), 100, 100
+    else:
+        device, compute, bandwidth = devices.DEVICES[name], 70, 90
+    return Machine(
+        device,
+        (options["compute_share"] or compute) / 100,
+        (options["bandwidth_share"] or bandwidth) / 100,
+    )
+
+
+def _measure(bits: int):
+    from parscale_mlx import machine
+
+    import mlx.core as mx
+
+    from parscale_cli.analysis.devices import Device
+
+    flops = machine.measure_flops(mx.float32 if bits > 16 else mx.float16)
+    return Device(machine.device_name(), machine.measure_bandwidth(), flops, flops)
