@@ -106,14 +106,20 @@ def test_completions_take_text_and_tokens(client, reference):
 
 
 def test_a_prompt_whose_cache_holds_all_of_it(client, reference):
-    # Once the longer prompt is cached, nothing of the shorter one would be left to feed.
-    for prompt in ("abcdefgh", "abcdefg", "abcdefg"):
-        for seed in (openai.omit, 1):
+    # An answer's tokens are cached after those of its prompt: together they are the next prompt.
+    for seed in (openai.omit, 1):
+        prompt = reference.tokenizer.encode(f"abcdefgh{seed}")
+        for _ in range(3):
             answer = client.completions.create(
-                model="tiny", prompt=prompt, max_tokens=6, temperature=0, seed=seed
+                model="tiny",
+                prompt=prompt,
+                max_tokens=6,
+                temperature=0,
+                seed=seed,
+                extra_body={"stream_weights": True},
             )
-            expected = reference.text(reference.tokenizer.encode(prompt), 6)
-            assert answer.choices[0].text == expected
+            assert answer.choices[0].text == reference.text(prompt, 6)
+            prompt += [token["id"] for token in answer.choices[0].parscale_streams]
 
 
 @pytest.mark.parametrize("seed", [None, 3])
