@@ -38,7 +38,6 @@ class Handler(APIHandler):
     """Answers the one request of a connection."""
 
     server: "Server"
-    server_version, sys_version = "parscale", ""
 
     def __init__(self, connection: socket.socket, address: Any, server: "Server"):
         self.arrived = time.monotonic()
@@ -282,6 +281,9 @@ class Handler(APIHandler):
             client = self.client_address[0]
             LOG.info("%s %s %s %d %.3f s", client, self.command, known, self.status, seconds)
         super().finish()
+
+    def version_string(self) -> str:
+        return "parscale"
 
     def log_message(self, format: str, *args: Any) -> None:
         LOG.debug(format, *args)

@@ -23,6 +23,7 @@ from mlx_lm.server import get_system_fingerprint
 LOG = logging.getLogger("parscale.serve")
 # Connections beyond the requests in work: those that are refused, and what watches the server.
 SPARE_CONNECTIONS = 64
+PATIENCE = 0.1  # seconds to wait for a place
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 FULL = b"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n"
 
@@ -74,10 +75,13 @@ class Server(ThreadingHTTPServer):
         Raises:
             RequestFailed: all are taken, or the server is stopping.
         """
+        most = self.settings.max_concurrent
         with self.changed:
             if self.stopping.is_set():
                 raise RequestFailed(503, "the server is stopping")
-            if self.busy >= self.settings.max_concurrent:
+            # A client whose answer has come may ask again before its place is given back.
+            free = self.changed.wait_for(lambda: self.busy < most, timeout=PATIENCE)
+            if not free:
                 raise RequestFailed(429, f"{self.busy} requests are in work; try again later")
             self.busy += 1
         try:

@@ -283,6 +283,8 @@ def test_health_and_metrics(opened):
         for _ in range(2):
             post(server, CHAT, chat("Hi", max_tokens=5))
         post(server, CHAT, b"{")
+        # What is counted at a request's end comes after its answer.
+        assert wait_for(lambda: not server.connections)
         text = request(server, "GET", "/metrics")
         assert text.status == 200 and text.headers["Content-Type"].startswith("text/plain")
         for line in (
