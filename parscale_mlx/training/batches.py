@@ -1,6 +1,7 @@
 """From documents to sequences of bounded length, and which of them make which batch."""
 
 import hashlib
+from functools import lru_cache
 
 from parscale_mlx.training.documents import Document
 
@@ -50,12 +51,13 @@ def batch_indices(step: int, size: int, count: int, seed: int) -> np.ndarray:
 
     Every epoch goes through all of them in another order; a batch may span two epochs.
     """
-    places = np.arange(step * size, (step + 1) * size)
-    epochs = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(count)
-        for epoch in np.unique(places // count).tolist()
-    }
-    return np.array([epochs[place // count][place % count] for place in places.tolist()])
+    places = range(step * size, (step + 1) * size)
+    return np.array([_order(seed, place // count, count)[place % count] for place in places])
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 def make_batch(documents: list[Document]) -> tuple[np.ndarray, np.ndarray]:

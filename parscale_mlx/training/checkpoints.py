@@ -45,6 +45,12 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / FOLDER).glob("step-*"))
 
 
+def sweep(run: Path) -> None:
+    """Remove what a process that was killed while it wrote has left."""
+    for half in (*run.glob(".*/"), *(run / FOLDER).glob(".*/")):
+        shutil.rmtree(half)
+
+
 def save_checkpoint(
     run: Path, start: Start, optimizer: Optimizer, position: Position, keep: int
 ) -> None:

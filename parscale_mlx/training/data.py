@@ -52,7 +52,7 @@ def read_data(settings: TrainSettings, folder: Path) -> Data:
     else:
         train, valid = split(_sequences(documents, settings, settings.data), settings.hold_out)
     _check_tokens(train + valid, config.get("vocab_size", 0), folder)
-    return Data(train, valid[: settings.eval_sequences])
+    return Data(train, _spread(valid, settings.eval_sequences))
 
 
 def _sequences(
@@ -69,6 +69,13 @@ def _sequences(
             f"{settings.seq_length}"
         )
     return sequences
+
+
+def _spread(sequences: list[Document], most: int | None) -> list[Document]:
+    """At most so many sequences, evenly spaced."""
+    if most is None or most >= len(sequences):
+        return sequences
+    return [sequences[n * len(sequences) // most] for n in range(most)]
 
 
 def _check_tokens(sequences: list[Document], vocabulary: int, folder: Path) -> None:

@@ -13,6 +13,7 @@ from parscale_mlx.training.checkpoints import (
     checkpoints,
     load_checkpoint,
     save_checkpoint,
+    sweep,
     write_result,
 )
 from parscale_mlx.training.data import Data, read_data
@@ -92,7 +93,8 @@ def train(settings: TrainSettings, *, force: bool = False, progress: bool = Fals
 def resume(folder: str | Path, *, progress: bool = False) -> TrainResult:
     """Go on with a run from its last checkpoint, or from its beginning where it has none.
 
-    Data, losses and weights are those of a run that was never interrupted.
+    Data, losses and weights are those of a run that was never interrupted. Where several machines
+    train, all of them must see the folder.
 
     Raises:
         FileExistsError: the run is finished.
@@ -103,6 +105,8 @@ def resume(folder: str | Path, *, progress: bool = False) -> TrainResult:
     settings = load_settings(folder)
     if (finished := folder / _result_name(settings)).exists():
         raise FileExistsError(f"{finished}: this run is finished")
+    if machines.rank() == 0:
+        sweep(folder)
     saved = checkpoints(folder)
     return _go_on(_prepare(settings, folder, saved[-1] if saved else None), progress)
 

@@ -1,6 +1,6 @@
 """AdamW with warm-up and cosine decay; rates and decay of their own for the kinds of weights."""
 
-from typing import Any
+from collections.abc import Callable
 
 from parscale_mlx.adapter import is_stream_parameter
 from parscale_mlx.model import Model
@@ -19,13 +19,15 @@ def make_optimizer(settings: TrainSettings, model: Model) -> optim.MultiOptimize
     Only matrices are decayed. Prefixes are not: one of zeros is no nearer to doing nothing.
     """
     streams_lr = settings.lr if settings.streams_lr is None else settings.streams_lr
-    groups: list[tuple[Any, float, float]] = [
-        (_is_decayed_stream, streams_lr, settings.weight_decay),
-        (_is_stream, streams_lr, 0.0),
-        (_is_decayed, settings.lr, settings.weight_decay),
-        (None, settings.lr, 0.0),
+    groups: list[tuple[Callable, float, float]] = [
+        (lambda name, w: is_stream_parameter(name) and _is_matrix(w), streams_lr, 1.0),
+        (lambda name, w: is_stream_parameter(name) and not _is_matrix(w), streams_lr, 0.0),
+        (lambda name, w: not is_stream_parameter(name) and _is_matrix(w), settings.lr, 1.0),
+        (lambda name, w: not is_stream_parameter(name) and not _is_matrix(w), settings.lr, 0.0),
     ]
-    optimizers = [_adamw(settings, lr, decay) for _, lr, decay in groups]
+    if settings.trains_backbone:
+        groups = groups[2:] + groups[:2]  # the first one's learning rate is the one reported
+    optimizers = [_adamw(settings, lr, decay * settings.weight_decay) for _, lr, decay in groups]
     optimizer = optim.MultiOptimizer(optimizers, [belongs for belongs, _, _ in groups[:-1]])
     optimizer.init(model.trainable_parameters())
     return optimizer
@@ -43,13 +45,5 @@ def _adamw(settings: TrainSettings, lr: float, decay: float) -> optim.AdamW:
     return optim.AdamW(schedule, betas=BETAS, weight_decay=decay, bias_correction=True)
 
 
-def _is_stream(name: str, weight: mx.array) -> bool:
-    return is_stream_parameter(name)
-
-
-def _is_decayed_stream(name: str, weight: mx.array) -> bool:
-    return ".aggregator." in name and weight.ndim == 2
-
-
-def _is_decayed(name: str, weight: mx.array) -> bool:
+def _is_matrix(weight: mx.array) -> bool:
     return weight.ndim == 2

@@ -219,7 +219,8 @@ def test_the_whole_model_with_streams(settings, base, tmp_path):
     for name, value in tree_flatten(model.parameters()):
         if name in original:
             assert mx.abs(value - original[name]).max().item() < 1e-9
-    # The streams had a learning rate of their own.
+    # The streams had a learning rate of their own; the backbone's is the one reported.
+    assert read_metrics(tmp_path / "run")[1]["learning_rate"] < 1e-29
     assert result.valid_loss < result.valid_loss_before
     again = train(settings(train_all=True, streams=None, model=result.output, steps=20,
                            output=str(tmp_path / "again")))  # fmt: skip
@@ -277,9 +278,11 @@ def test_a_resumed_run_is_an_uninterrupted_one(settings, stage, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             resume(tmp_path / "run")
     monkeypatch.undo()
+    (tmp_path / "run" / "checkpoints" / ".step-0000010.half").mkdir()
     assert len(read_metrics(tmp_path / "run")) == len(read_metrics(tmp_path / "whole")) - 1
     result = resume(tmp_path / "run")
     assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    assert not list((tmp_path / "run").rglob(".*"))
     assert result.valid_loss == whole.valid_loss
     assert result.valid_loss_before == whole.valid_loss_before
     name = "model/model" if stage == "pretrain" else "adapter/adapters"
@@ -413,6 +416,12 @@ def test_whole_documents_are_held_out(settings, base, tmp_path):
     letters = [{int(t) for w in part for t in w.tokens} for part in (data.train, data.valid)]
     assert len(letters[1] - {0}) == 1 and not (letters[0] & letters[1]) - {0}
     assert read_data(settings(hold_out=0), base).valid == []
+    some = read_data(
+        settings(data=[str(lines)], hold_out=0.1, seq_length=8, eval_sequences=3), base
+    )
+    assert [v.tokens.tolist() for v in some.valid] == [
+        data.valid[n * len(data.valid) // 3].tokens.tolist() for n in range(3)
+    ]
 
 
 # What is refused
