@@ -3,8 +3,8 @@
     python benchmarks/generate_onnx.py [--streams 1,4,8] [--precision fp32] [--prompt 256] [--json]
 
 All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
-in one run, so that what else the machine does touches all of them. Times are medians; ratios are
-to the first side. Beside our fused graphs run:
+token by token, so that what else the machine does touches all of them. Times are medians; ratios
+are to the first side. Beside our fused graphs run:
 
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
   go through the host on every step;
@@ -191,20 +191,17 @@ def build_sides(
 
 
 def measure(sides: dict[str, Side], ids: list[int], tokens: int, repeats: int) -> dict:
-    """Median seconds of a prefill and of one decoded token, the sides taking turns."""
+    """Median seconds of a prefill and of one decoded token, the sides taking turns at each."""
     times: dict = {name: {"prefill": [], "decode": []} for name in sides}
     for turn in range(repeats + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            steps = side(ids, tokens + 1)
-            next(steps)
-            middle = time.perf_counter()
-            for _ in steps:
-                pass
-            end = time.perf_counter()
-            if turn > 0:  # the first turn warms up
-                times[name]["prefill"].append(middle - start)
-                times[name]["decode"].append((end - middle) / tokens)
+        running = {name: side(ids, tokens + 1) for name, side in sides.items()}
+        for step in range(tokens + 1):
+            for name, steps in running.items():
+                start = time.perf_counter()
+                next(steps)
+                seconds = time.perf_counter() - start
+                if turn > 0:  # the first turn warms up
+                    times[name]["decode" if step else "prefill"].append(seconds)
     return {
         name: {phase: statistics.median(values) for phase, values in phases.items()}
         for name, phases in times.items()

@@ -31,7 +31,9 @@ def runtime_options(command: Callable) -> Callable:
     return command
 
 
-def open_runtime(ctx: click.Context, model: str | None, runtime: str | None, options: dict):
+def open_runtime(
+    ctx: click.Context, model: str | None, runtime: str | None, options: dict
+) -> Runtime:
     """Load a model in the engine that was asked for, or that its folder is made for.
 
     Args:
@@ -68,7 +70,9 @@ def _open(engine: str, model: str | None, options: dict) -> Runtime:
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder holds ONNX graphs and no weights that MLX could load."""
+    """Whether this is a graph, or a folder of graphs without weights that MLX could load."""
+    if folder.suffix == ".onnx" and folder.is_file():
+        return True
     graphs = any(folder.glob("*.onnx")) or any(folder.glob("onnx/*.onnx"))
     weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
     return folder.is_dir() and graphs and not weights

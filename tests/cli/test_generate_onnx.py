@@ -117,6 +117,7 @@ def test_an_export_needs_no_runtime_option(parscale, plain_model, plain_export):
     onnx = parscale(*run, plain_export, "--threads", 1)
     assert onnx.exit_code == 0
     assert onnx.stdout == parscale(*run, plain_model).stdout
+    assert parscale(*run, plain_export / "model.onnx").stdout == onnx.stdout
 
 
 def test_one_export_of_several_numbers_of_streams(parscale, backbone, adapter, tmp_path):
