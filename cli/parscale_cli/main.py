@@ -5,6 +5,7 @@ import os
 
 import click
 
+from parscale_cli.bench import bench
 from parscale_cli.chat import chat
 from parscale_cli.convert import convert
 from parscale_cli.cost import cost
@@ -45,6 +46,6 @@ def cli():
 
 for command in (
     generate, chat, serve, convert, fuse, train, plot, export_onnx, verify,
-    scaling_law, cost, doctor,
+    scaling_law, cost, bench, doctor,
 ):  # fmt: skip
     cli.add_command(command)

@@ -167,6 +167,16 @@ def read_shape(path: Path) -> tuple[Shape, Precision]:
     """The shape and the precision that a model folder's ``config.json``, or such a file, tells of.
 
     Raises:
+        FileNotFoundError, ValueError: as ``read_config``.
+    """
+    config = read_config(path)
+    return shape_of(config), precision_of(config)
+
+
+def read_config(path: Path) -> dict:
+    """A model folder's ``config.json``, or such a file.
+
+    Raises:
         FileNotFoundError, ValueError: there is none, or it describes no Qwen2 or Llama decoder; the
             message names the file.
     """
@@ -178,12 +188,19 @@ def read_shape(path: Path) -> tuple[Shape, Precision]:
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     try:
-        return _shape(config), _precision(config)
+        shape_of(config)
+        precision_of(config)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    return config
 
 
-def _shape(config) -> Shape:
+def shape_of(config) -> Shape:
+    """The shape that a ``config.json``, read already, tells of.
+
+    Raises:
+        ValueError: it describes no Qwen2 or Llama decoder; the message names the field.
+    """
     if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
         raise ValueError(f"no model_type among {', '.join(MODEL_TYPES)}")
     is_qwen2 = config["model_type"].startswith("qwen2")
@@ -213,7 +230,8 @@ def _shape(config) -> Shape:
     )
 
 
-def _precision(config: dict) -> Precision:
+def precision_of(config: dict) -> Precision:
+    """The precision that a ``config.json`` tells of, likewise."""
     others = 32 if config.get("dtype", config.get("torch_dtype")) == "float32" else 16
     packed = config.get("quantization")
     if not isinstance(packed, dict):

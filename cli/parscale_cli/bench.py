@@ -1,0 +1,136 @@
+"""``parscale bench``: how fast streams are here, beside mlx-lm's plain model and the machine."""
+
+import json
+from pathlib import Path
+
+import click
+
+from parscale_cli.drawing import check_plot, plot_option
+from parscale_cli.quantities import WholeNumbers
+
+
+@click.command()
+@click.option("--model", metavar="DIR|NAME", help="A model folder or a name on the hub.")
+@click.option(
+    "--shape",
+    metavar="FILE",
+    type=click.Path(exists=True, path_type=Path),
+    help="Random weights in the shape of this config.json; without --model and --shape, in that "
+    "of SmolLM2-135M.",
+)
+@click.option(
+    "--adapter",
+    "adapters",
+    metavar="DIR",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Stream adapters of --model; where none has the wanted P, streams are random.",
+)
+@click.option(
+    "--streams",
+    type=WholeNumbers("P,P", most=64),
+    default="1,2,4,8",
+    show_default=True,
+    help="Numbers of streams.",
+)
+@click.option(
+    "--batch",
+    type=WholeNumbers("N,N"),
+    default="1",
+    show_default=True,
+    help="Sequences at once.",
+)
+@click.option(
+    "--prompt",
+    type=WholeNumbers("L,L"),
+    default="128",
+    show_default=True,
+    help="Tokens of the prompts.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    help="Tokens to generate after the first.",
+)
+@click.option(
+    "--quantize",
+    "quantisations",
+    multiple=True,
+    type=click.Choice(["none", "2", "3", "4", "5", "6", "8"]),
+    default=("none",),
+    help="Bits of the weights, none for as they are. May be given several times.  [default: none]",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights that share a scale, with --quantize.",
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Measured turns of each side; medians are shown.",
+)
+@plot_option("time to the first token and time per token over P")
+@click.option("--force", is_flag=True, help="Replace an existing plot.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(model, shape, adapters, quantisations, plot, force, as_json, **options):
+    """Measure generation with P streams beside mlx-lm's own class over the same weights.
+
+    The sides take turns in one run. Bytes moved and operations are counted from the model's
+    dimensions, and set against what this machine reaches: reading memory with all cores or the GPU,
+    and multiplying large matrices, both measured first.
+    """
+    if model is not None and shape is not None:
+        raise click.UsageError("--model and --shape cannot go together")
+    if adapters and model is None:
+        raise click.UsageError("--adapter needs --model")
+    check_plot(plot, force=force)
+    from parscale_cli.bench_mlx import measure_all, measure_machine
+
+    machine = measure_machine()
+    report = {
+        "machine": machine,
+        "model": model or str(shape or "SmolLM2-135M's shape, random weights"),
+        "tokens": options["tokens"],
+        "repeats": options["repeats"],
+        "rows": measure_all(machine, (model, shape, adapters), quantisations, **options),
+    }
+    if plot is not None:
+        from parscale_cli.analysis.bench_plot import draw
+        from parscale_cli.analysis.figures import save
+
+        save(draw(report), plot)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print(report)
+
+
+def _print(report: dict) -> None:
+    machine = report["machine"]
+    click.echo(
+        f"{report['model']} on {machine['name']}; {report['tokens']} tokens decoded, medians of "
+        f"{report['repeats']} turns"
+    )
+    rates = ", ".join(f"{v / 1e9:.4g} GFLOP/s in {k}" for k, v in machine["flops"].items())
+    click.echo(f"measured first: {machine['bandwidth'] / 1e9:.4g} GB/s, {rates}")
+    click.echo(
+        f"\n{'weights':8}{'batch':>6}{'prompt':>7}  {'side':8}"
+        f"{'first token, ms':>16}{'tok/s':>16}{'of FLOP/s':>10}"
+        f"{'a step, ms':>17}{'tok/s':>9}{'MB moved':>10}{'of GB/s':>8}{'peak MB':>9}"
+    )
+    for row in report["rows"]:
+        click.echo(
+            f"{row['weights']:8}{row['batch']:>6}{row['prompt']:>7}  {row['side']:8}"
+            f"{row['first_token'] * 1e3:>16.1f}{row['first_token_times']:>7.2f}x"
+            f"{row['prefill_rate']:>8.1f}{row['compute_share']:>10.0%}"
+            f"{row['step'] * 1e3:>9.2f}{row['step_times']:>7.2f}x{row['decode_rate']:>9.1f}"
+            f"{row['step_bytes'] / 1e6:>10.1f}{row['bandwidth_share']:>8.0%}"
+            f"{row['peak_memory'] / 1e6:>9.0f}"
+        )

@@ -1,0 +1,144 @@
+"""The measurements of ``parscale bench``, set against counts and against the machine."""
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from parscale_mlx import benchmark, machine
+from parscale_mlx.adapter import Adapter, load_adapter
+from parscale_mlx.load import find_folder, load_model
+from parscale_mlx.model import Model
+
+import mlx.core as mx
+from mlx_lm.utils import quantize_model
+from tqdm import tqdm
+
+from parscale_cli.analysis.roofline import Work, step
+from parscale_cli.analysis.shape import Precision, Shape, precision_of, read_config, shape_of
+
+
+def measure_machine() -> dict:
+    """The device's name, its memory bandwidth and its matrix products, in units a second."""
+    return {
+        "name": machine.device_name(),
+        "bandwidth": machine.measure_bandwidth(),
+        "flops": {
+            "float32": machine.measure_flops(mx.float32),
+            "float16": machine.measure_flops(mx.float16),
+        },
+    }
+
+
+def measure_all(
+    rates: dict,
+    backbone: tuple[str | None, Path | None, Sequence[Path]],
+    quantisations: Sequence[str],
+    *,
+    streams: Sequence[int],
+    batch: Sequence[int],
+    prompt: Sequence[int],
+    tokens: int,
+    repeats: int,
+    group_size: str,
+) -> list[dict]:
+    """One row for each quantisation, batch size, prompt length and side, as plain data.
+
+    Args:
+        rates: what ``measure_machine`` gives.
+        backbone: a model's folder or name, or else a config.json, and the model's adapters.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_model``, and ``load_adapter``.
+    """
+    rows = []
+    turns = len(quantisations) * len(batch) * len(prompt) * (len(streams) + 1) * (repeats + 1)
+    with tqdm(total=turns, desc="measuring", disable=None, leave=False) as bar:
+        for bits in quantisations:
+            plain, config, adapters = _load(*backbone)
+            if bits != "none":
+                plain, config = _quantise(plain, config, int(bits), int(group_size))
+            models = benchmark.compared_models(plain, config, streams, adapters)
+            for b, length in ((b, length) for b in batch for length in prompt):
+                ids = mx.random.randint(0, plain.args.vocab_size, (b, length))
+                timings = benchmark.measure(
+                    {name: benchmark.mlx_side(model, ids) for name, model in models.items()},
+                    repeats=repeats,
+                    tokens=tokens,
+                    turn_done=bar.update,
+                )
+                for name, timing in timings.items():
+                    shape, precision = _counted(config, plain, models[name])
+                    case = {"weights": _weights(config, precision), "batch": b, "prompt": length}
+                    case |= {"side": name, "streams": shape.streams} | asdict(timing)
+                    case |= _rates(case, timings["mlx-lm"])
+                    rows.append(case | _shares(case, rates, shape, precision, tokens))
+    return rows
+
+
+def _load(
+    model: str | None, shape: Path | None, adapters: Sequence[Path]
+) -> tuple[Model, dict, dict[int, Adapter]]:
+    """A backbone, its configuration, and its streams by their number."""
+    if model is None:
+        config = benchmark.SMOLLM2 if shape is None else read_config(shape)
+        return benchmark.random_backbone(config), config, {}
+    folder = find_folder(model)
+    loaded, config = load_model(folder)
+    backbone, own = benchmark.split(loaded, config)
+    found = [load_adapter(path, backbone=folder) for path in adapters]
+    return backbone, config, {a.streams: a for a in (*found, own) if a is not None}
+
+
+def _quantise(model: Model, config: dict, bits: int, group: int) -> tuple[Model, dict]:
+    if "quantization" in config:
+        raise ValueError("--quantize: the model is quantised already")
+    with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
+        _, config = quantize_model(model, config, group, bits)  # in place
+    return model, config
+
+
+def _counted(config: dict, backbone: Model, model) -> tuple[Shape, Precision]:
+    """What is counted for a side: its shape, and its precision as it was loaded."""
+    others = 32 if backbone.model.norm.weight.dtype == mx.float32 else 16
+    args = getattr(model, "args", None)
+    streams, prefix = getattr(args, "parscale_n", 1), getattr(args, "parscale_n_tokens", 48)
+    shape = replace(shape_of(config), streams=streams, prefix=prefix)
+    packed = precision_of(config)
+    weights = packed.weights if "quantization" in config else others
+    return shape, Precision(weights, others, others, packed.group)
+
+
+def _weights(config: dict, precision: Precision) -> str:
+    return f"{precision.weights} bit" if "quantization" in config else f"float{precision.others}"
+
+
+def _rates(case: dict, base: benchmark.Timing) -> dict:
+    """Tokens a second, and how many times as long as mlx-lm's own class it takes."""
+    return {
+        "prefill_rate": case["batch"] * case["prompt"] / case["first_token"],
+        "decode_rate": case["batch"] / case["step"],
+        "first_token_times": case["first_token"] / base.first_token,
+        "step_times": case["step"] / base.step,
+    }
+
+
+def _shares(case: dict, rates: dict, shape: Shape, precision: Precision, tokens: int) -> dict:
+    """What a prefill and a step amount to, and how much of the machine's rates that reaches."""
+    batch, length = case["batch"], case["prompt"]
+    prefill = _total(shape, precision, batch=batch, tokens=length, past=0)
+    decode = _total(shape, precision, batch=batch, tokens=1, past=length + tokens / 2)
+    flops = rates["flops"][f"float{precision.others}"]
+    return {
+        "prefill_flops": prefill.flops,
+        "step_flops": decode.flops,
+        "step_bytes": decode.bytes,
+        "compute_share": prefill.flops / case["first_token"] / flops,
+        "bandwidth_share": decode.bytes / case["step"] / rates["bandwidth"],
+    }
+
+
+def _total(shape: Shape, precision: Precision, **lengths) -> Work:
+    parts = step(shape, precision, **lengths).values()
+    return Work(sum(w.flops for w in parts), sum(w.bytes for w in parts))

@@ -1,0 +1,208 @@
+"""Speed and memory of generation, sides by turns: mlx-lm's own class, and P streams over it."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from parscale_mlx.adapter import Adapter, is_stream_parameter, take_streams, with_streams
+from parscale_mlx.model import Aggregator, Model, ModelArgs
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models import llama, qwen2
+from mlx_lm.models.cache import make_prompt_cache
+
+PREFIX, SMOOTH = 48, 0.01
+SMOLLM2 = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 49152,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the things that are compared.
+
+    Attributes:
+        prefill: reads the prompt up to the first token; what it returns goes to ``decode``.
+        decode: generates this many further tokens.
+        weight_bytes: of its weights, whether it shares them with other sides or not.
+    """
+
+    prefill: Callable[[], Any]
+    decode: Callable[[Any, int], None]
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians: seconds to the first token and of a decoding step, and bytes at the peak."""
+
+    first_token: float
+    step: float
+    peak_memory: int
+
+
+def random_backbone(config: dict) -> Model:
+    """A model without streams in the shape of a ``config.json``, with random weights.
+
+    They are in float32 on the CPU and in float16 on a GPU.
+
+    Raises:
+        ValueError: the config describes no model that this package runs.
+    """
+    model = Model(ModelArgs.from_dict(config | {"parscale_n": 1}))
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
+    weights = tree_map(
+        lambda a: (mx.random.normal(a.shape) * 0.02).astype(dtype), model.parameters()
+    )
+    model.update(weights)
+    mx.eval(model.parameters())
+    return model
+
+
+def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
+    """A model's backbone, which shares its weights, and its streams if it has any."""
+    if model.args.parscale_n == 1:
+        return model, None
+    backbone = Model(replace(model.args, parscale_n=1))
+    _fill(backbone, model, config)
+    return backbone, take_streams(model, backbone="", backbone_sha256="")
+
+
+def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
+    """mlx-lm's own class over the same weights."""
+    family = config["model_type"].removesuffix("_parscale")
+    theirs: Any = {"llama": llama, "qwen2": qwen2}[family]
+    twin = theirs.Model(theirs.ModelArgs.from_dict(config | {"model_type": family}))
+    _fill(twin, backbone, config)
+    return twin
+
+
+def random_streams(args: ModelArgs, streams: int) -> Adapter:
+    """Streams that have learned nothing, for a backbone: they take as long as others do."""
+    shape = (streams, args.num_key_value_heads, PREFIX, args.head_dim)
+    weights = {
+        f"model.layers.{n}.self_attn.prefix_{part}": mx.random.normal(shape) * 0.02
+        for n in range(args.num_hidden_layers)
+        for part in "kv"
+    }
+    aggregator = Aggregator(replace(args, parscale_n=streams))
+    for name, value in dict(tree_flatten(aggregator.parameters())).items():
+        weights[f"model.aggregator.{name}"] = value
+    mx.eval(weights)
+    return Adapter(streams, PREFIX, SMOOTH, weights, "", "")
+
+
+def compared_models(
+    backbone: Model, config: dict, streams: Iterable[int], adapters: dict[int, Adapter]
+) -> dict[str, nn.Module]:
+    """mlx-lm's own model and ours with each number of streams, all over the same weights.
+
+    Args:
+        adapters: streams to use, by their number; where there are none, random ones.
+    """
+    models = {"mlx-lm": mlx_lm_twin(backbone, config)}
+    for p in streams:
+        adapter = None if p == 1 else adapters.get(p) or random_streams(backbone.args, p)
+        models[f"P={p}"] = backbone if adapter is None else with_streams(backbone, adapter)
+    for model in models.values():
+        mx.eval(model.parameters())
+    return models
+
+
+def mlx_side(model: Any, ids: mx.array) -> Side:
+    """A model that generates greedily as mlx-lm does, from prompts [B, L] in one batch.
+
+    As there, the logits of the last token only are computed, and a step is queued before the one
+    before it is waited for.
+    """
+
+    def next_token(tokens: mx.array, cache) -> mx.array:
+        return mx.argmax(model(tokens, cache=cache)[:, -1], axis=-1)[:, None]
+
+    def prefill():
+        cache = make_prompt_cache(model)
+        if ids.shape[1] > 1:
+            model(ids[:, :-1], cache=cache)
+            mx.eval([c.state for c in cache])
+        token = next_token(ids[:, -1:], cache)
+        mx.eval(token)
+        return cache, token
+
+    def decode(state, tokens):
+        cache, token = state
+        for _ in range(tokens):
+            before, token = token, next_token(token, cache)
+            mx.async_eval(token)
+            mx.eval(before)
+        mx.eval(token)
+
+    weights = dict(tree_flatten(model.parameters()))
+    return Side(prefill, decode, sum(a.nbytes for a in weights.values()))
+
+
+def measure(
+    sides: dict[str, Side], *, repeats: int, tokens: int, turn_done: Callable[[], object] = int
+) -> dict[str, Timing]:
+    """Time the sides by turns, so that what else the machine does touches all of them alike.
+
+    Args:
+        repeats: turns, after one that warms up.
+        turn_done: called after each side's turn.
+    """
+    first: dict[str, list[float]] = {name: [] for name in sides}
+    steps: dict[str, list[float]] = {name: [] for name in sides}
+    peaks = dict.fromkeys(sides, 0)
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            mx.clear_cache()
+            before = mx.get_active_memory()
+            mx.reset_peak_memory()
+            start = time.perf_counter()
+            state = side.prefill()
+            middle = time.perf_counter()
+            side.decode(state, tokens)
+            end = time.perf_counter()
+            peaks[name] = side.weight_bytes + max(0, mx.get_peak_memory() - before)
+            del state
+            if turn > 0:
+                first[name].append(middle - start)
+                steps[name].append((end - middle) / tokens)
+            turn_done()
+    return {
+        name: Timing(statistics.median(first[name]), statistics.median(steps[name]), peaks[name])
+        for name in sides
+    }
+
+
+def _fill(model: nn.Module, source: Model, config: dict) -> None:
+    """Give a model the weights of ``source`` but its streams, quantised where those are."""
+    weights = {
+        name: value
+        for name, value in dict(tree_flatten(source.parameters())).items()
+        if not is_stream_parameter(name)
+    }
+    if quantization := config.get("quantization"):
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            mode=quantization.get("mode", "affine"),
+            class_predicate=lambda path, _: (
+                quantization.get(path, True) if f"{path}.scales" in weights else False
+            ),
+        )
+    model.load_weights(list(weights.items()), strict=True)
