@@ -4,7 +4,8 @@
 
 All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
 token by token, so that what else the machine does touches all of them. Times are medians; ratios
-are to the first side. Beside our fused graphs run:
+are to the first side. Where other programs want the same cores, --threads 1 --cpu-time measures the
+processor's time instead. Beside our fused graphs run:
 
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
   go through the host on every step;
@@ -98,7 +99,7 @@ def naive_side(model: OnnxModel, streams: int) -> Side:
     return run
 
 
-def genai_side(checkpoint: Path, work: Path) -> Side:
+def genai_side(checkpoint: Path, threads: int, work: Path) -> Side:
     import onnxruntime_genai as genai
     from transformers import GPT2TokenizerFast
 
@@ -112,6 +113,10 @@ def genai_side(checkpoint: Path, work: Path) -> Side:
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
         raise ImportError(f"its builder failed: {built.stderr.strip().splitlines()[-1]}")
+    file = output / "genai_config.json"
+    settings = json.loads(file.read_text())
+    settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    file.write_text(json.dumps(settings))
     model = genai.Model(str(output))
 
     def run(ids: list[int], tokens: int) -> Iterator[object]:
@@ -128,10 +133,11 @@ def genai_side(checkpoint: Path, work: Path) -> Side:
     return run
 
 
-def torch_side(config: dict, streams: int) -> Side:
+def torch_side(config: dict, streams: int, threads: int) -> Side:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+    torch.set_num_threads(threads)
     fields = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
     shape = AutoConfig.for_model(config["model_type"], **fields)
     model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32).eval()
@@ -163,7 +169,7 @@ def torch_side(config: dict, streams: int) -> Side:
 
 
 def build_sides(
-    config: dict, counts: list[int], precision: str, kinds: list[str], work: Path
+    config: dict, counts: list[int], precision: str, kinds: list[str], threads: int, work: Path
 ) -> dict[str, Side]:
     checkpoints = {n: write_checkpoint(work / f"p{n}", config, n) for n in counts}
     sides: dict[str, Side] = {}
@@ -171,35 +177,45 @@ def build_sides(
         for kv_layout in ("batch", "heads") if streams > 1 else ("batch",):
             output = work / f"{kv_layout}-{streams}"
             export_onnx(folder, output, kv_layout=kv_layout, precision=precision)
-            sides[f"fused {kv_layout} P={streams}"] = runner_side(OnnxModel(output, "cpu"))
+            sides[f"fused {kv_layout} P={streams}"] = runner_side(
+                OnnxModel(output, "cpu", threads=threads)
+            )
     for streams, folder in checkpoints.items() if "naive" in kinds else ():
         output = export_onnx(folder, work / f"naive-{streams}", ops="standard", precision=precision)
-        sides[f"naive P={streams}"] = naive_side(OnnxModel(output, "cpu"), streams)
+        sides[f"naive P={streams}"] = naive_side(OnnxModel(output, "cpu", threads=threads), streams)
     if precision != "fp32":
         return sides
     try:
         if "genai" in kinds:
-            sides["genai P=1"] = genai_side(write_checkpoint(work / "plain", config, 1), work)
+            sides["genai P=1"] = genai_side(
+                write_checkpoint(work / "plain", config, 1), threads, work
+            )
     except ImportError as error:
         print(f"genai is left out: {error}")
     try:
         for streams in counts if "pytorch" in kinds else ():
-            sides[f"PyTorch P={streams}"] = torch_side(config, streams)
+            sides[f"PyTorch P={streams}"] = torch_side(config, streams, threads)
     except ImportError as error:
         print(f"PyTorch is left out: {error}")
     return sides
 
 
-def measure(sides: dict[str, Side], ids: list[int], tokens: int, repeats: int) -> dict:
+def measure(
+    sides: dict[str, Side],
+    ids: list[int],
+    tokens: int,
+    repeats: int,
+    clock: Callable[[], float],
+) -> dict:
     """Median seconds of a prefill and of one decoded token, the sides taking turns at each."""
     times: dict = {name: {"prefill": [], "decode": []} for name in sides}
     for turn in range(repeats + 1):
         running = {name: side(ids, tokens + 1) for name, side in sides.items()}
         for step in range(tokens + 1):
             for name, steps in running.items():
-                start = time.perf_counter()
+                start = clock()
                 next(steps)
-                seconds = time.perf_counter() - start
+                seconds = clock() - start
                 if turn > 0:  # the first turn warms up
                     times[name]["decode" if step else "prefill"].append(seconds)
     return {
@@ -216,22 +232,29 @@ def main():
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
     parser.add_argument("--repeats", type=int, default=5, help="measured turns (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure the processor's time, not the clock's"
+    )
     parser.add_argument(
         "--beside", default="naive,genai,pytorch", help="what to run besides (default all three)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
     config = json.loads(args.config.read_text()) if args.config else SMOLLM2
     counts = [int(n) for n in args.streams.split(",")]
     with tempfile.TemporaryDirectory() as work:
-        sides = build_sides(config, counts, args.precision, args.beside.split(","), Path(work))
+        kinds = args.beside.split(",")
+        sides = build_sides(config, counts, args.precision, kinds, args.threads, Path(work))
         ids = [n % 1000 for n in range(args.prompt)]
-        results = measure(sides, ids, args.tokens, args.repeats)
+        results = measure(sides, ids, args.tokens, args.repeats, clock)
     if args.json:
         print(json.dumps(results))
         return
     base = next(iter(results.values()))
-    print(f"\n{args.precision}, {os.cpu_count()} cores, {args.prompt} prompt tokens\n")
+    kind = "processor time" if args.cpu_time else "time"
+    print(f"\n{args.precision}, {kind}, {args.threads} threads, {args.prompt} prompt tokens\n")
     print(f"{'':20}{'prefill':>14}{'':>8}{'decode':>14}{'':>8}")
     for name, result in results.items():
         print(
