@@ -123,6 +123,38 @@ def load_model(
     return model, config
 
 
+def open_models(
+    folder: Path, adapters: Sequence[Path], streams: Sequence[int] = ()
+) -> tuple[dict[int, Model], TokenizerWrapper]:
+    """Load a model and the stream adapters over it.
+
+    Args:
+        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
+        streams: numbers of them to have models of; by default all that there are.
+
+    Returns:
+        By number of streams, models that share their backbone's arrays; and the tokenizer.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``load``.
+        ValueError: there is no model of so many streams.
+    """
+    found = find_adapters(folder, adapters)
+    if streams:
+        found = {n: _pick(found, n) for n in streams}
+    backbone, config = load_model(folder)
+    models = {}
+    for count, adapter in sorted(found.items()):
+        model = backbone
+        if adapter is not None:
+            model = with_streams(backbone, load_adapter(adapter, backbone=folder))
+        # What the model computes once and keeps (tables of its rotary embedding) is computed here,
+        # not on the thread that generates.
+        mx.eval(model.parameters(), model(mx.array([[0]]), cache=model.make_cache()))
+        models[count] = model
+    return models, load_tokenizer(folder, config)
+
+
 def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
     """The tokenizer in a model's folder.
 
@@ -191,11 +223,7 @@ def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) ->
             has as many streams as are wanted.
     """
     found = find_adapters(folder, adapters)
-    wanted = max(found) if streams is None else streams
-    if wanted not in found:
-        there = ", ".join(map(str, sorted(found)))
-        raise ValueError(f"no model or adapter here has {wanted} streams, only {there}")
-    return found[wanted]
+    return _pick(found, max(found) if streams is None else streams)
 
 
 def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | None]:
@@ -236,6 +264,13 @@ def identity(folder: Path, adapter: str | Path | None = None) -> dict[str, str]:
         "configuration or tokenizer": settings.hexdigest(),
         "adapter": digest(adapters),
     }
+
+
+def _pick(found: dict[int, Path | None], streams: int) -> Path | None:
+    if streams not in found:
+        there = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"no model or adapter here has {streams} streams, only {there}")
+    return found[streams]
 
 
 def model_classes(config: dict) -> tuple[type[Model], type[ModelArgs]]:

@@ -5,6 +5,18 @@ from pathlib import Path
 
 import click
 
+from parscale_cli.quantities import WholeNumbers
+
+
+def many_streams_options(command: Callable) -> Callable:
+    """Add ``--adapter`` and ``--streams`` to a Click command that compares numbers of streams."""
+    command = click.option(
+        "--streams",
+        type=WholeNumbers("P,P", 64),
+        help="Numbers of streams to compare, as 1,4,8.  [default: all that there are]",
+    )(command)
+    return _adapter_option(command)
+
 
 def adapter_options(command: Callable) -> Callable:
     """Add ``--adapter`` and ``--streams`` to a Click command."""
@@ -15,6 +27,10 @@ def adapter_options(command: Callable) -> Callable:
         help="Run the adapter with P streams, or with 1 the model without streams.  "
         "[default: the most there are; of an export, model.onnx's]",
     )(command)
+    return _adapter_option(command)
+
+
+def _adapter_option(command: Callable) -> Callable:
     return click.option(
         "--adapter",
         "adapters",

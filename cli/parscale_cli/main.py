@@ -13,6 +13,7 @@ from parscale_cli.doctor import doctor
 from parscale_cli.export_onnx import export_onnx
 from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
+from parscale_cli.perplexity import perplexity
 from parscale_cli.plot import plot
 from parscale_cli.scaling_law import scaling_law
 from parscale_cli.serve import serve
@@ -46,6 +47,6 @@ def cli():
 
 for command in (
     generate, chat, serve, convert, fuse, train, plot, export_onnx, verify,
-    scaling_law, cost, bench, doctor,
+    perplexity, scaling_law, cost, bench, doctor,
 ):  # fmt: skip
     cli.add_command(command)

@@ -120,8 +120,8 @@ def serve(model, adapters, streams, name, host, port, origins, log_level, temp, 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
     from parscale_mlx.default_model import default_model_folder
-    from parscale_mlx.load import find_folder
-    from parscale_mlx.serve.models import ServedModels, open_models
+    from parscale_mlx.load import find_folder, open_models
+    from parscale_mlx.serve.models import ServedModels
     from parscale_mlx.serve.server import open_server, serve_until_signalled
     from parscale_mlx.serve.settings import Settings
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from parscale_mlx.serve.failure import HUNG_UP, PromptError, RequestFailed
 from parscale_mlx.serve.models import ServedModels
-from parscale_mlx.serve.taps import Piece, Pieces, RowTap
+from parscale_mlx.taps import Piece, Pieces, RowTap
 
 import mlx.core as mx
 from mlx_lm.generate import make_text_state_machine

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from parscale_mlx.serve.taps import Piece
+from parscale_mlx.taps import Piece
 
 from mlx_lm.server import Response
 from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -18,7 +18,7 @@ from parscale_mlx.serve.answers import Request
 from parscale_mlx.serve.details import Token, logprobs, old_logprobs, streams
 from parscale_mlx.serve.failure import HUNG_UP, RequestFailed
 from parscale_mlx.serve.metrics import CONTENT_TYPE, AnswerWatch
-from parscale_mlx.serve.taps import Piece, Pieces
+from parscale_mlx.taps import Piece, Pieces
 
 from mlx_lm.server import APIHandler, CompletionRequest, GenerationContext, Response
 

@@ -1,51 +1,18 @@
 """The models of a server: one backbone in memory, one name for each number of streams over it."""
 
 from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from parscale_mlx.adapter import load_adapter, with_streams
-from parscale_mlx.load import find_adapters, load_model, load_tokenizer
 from parscale_mlx.model import Model
 from parscale_mlx.serve.failure import RequestFailed
 from parscale_mlx.serve.settings import Settings
-from parscale_mlx.serve.taps import StreamTap
+from parscale_mlx.taps import StreamTap
 
-import mlx.core as mx
 from mlx_lm.server import ModelProvider
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PREFILL_STEP = 2048
 PROMPTS_AT_ONCE = 8
-
-
-def open_models(
-    folder: Path, adapters: Sequence[Path]
-) -> tuple[dict[int, Model], TokenizerWrapper]:
-    """Load a model and the stream adapters over it.
-
-    Args:
-        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
-
-    Returns:
-        By number of streams, models that share their backbone's arrays; and the tokenizer.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as ``parscale_mlx.load``.
-    """
-    found = find_adapters(folder, adapters)
-    backbone, config = load_model(folder)
-    models = {}
-    for streams, adapter in sorted(found.items()):
-        model = backbone
-        if adapter is not None:
-            model = with_streams(backbone, load_adapter(adapter, backbone=folder))
-        # What the model computes once and keeps (tables of its rotary embedding) is computed here,
-        # not on the thread that generates.
-        mx.eval(model.parameters(), model(mx.array([[0]]), cache=model.make_cache()))
-        models[streams] = model
-    return models, load_tokenizer(folder, config)
 
 
 class ServedModels(ModelProvider):

@@ -4,7 +4,7 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-from parscale_mlx.serve.models import open_models
+from parscale_mlx.load import open_models
 
 import mlx.core as mx
 import openai

