@@ -36,12 +36,16 @@ def measure(work: Path, plan: Plan) -> None:
         name = f"{'whole model' if run.train_all else 'streams only'}, P={run.streams}"
         losses.setdefault(name, []).append(file_losses(model, files))
         print(f"{run.folder.name}: {np.sum(losses[name][-1]) / count(files):.4f}", flush=True)
-    counts = np.array([sum(len(d.tokens) - 1 for d in file) for file in files])
+    counts = np.array([count([file]) for file in files])
     results = summarise({k: np.mean(v, axis=0) for k, v in losses.items()}, counts)
     for name, each in losses.items():
         results[name]["seeds"] = [float(np.sum(one) / counts.sum()) for one in each]
     (work / "results.json").write_text(json.dumps(results, indent=4) + "\n")
-    (work / "results.md").write_text(table(results, plan, int(counts.sum()), len(files)))
+    what = (
+        f"Stage 1: {plan.pretrain_tokens:,} tokens, stage 2: {plan.stream_tokens:,} tokens each, "
+        f"{len(plan.seeds)} seeds"
+    )
+    (work / "results.md").write_text(table(results, what, counts))
     draw(results, work / "results.png")
     draw(results, work / "results.svg")
     print((work / "results.md").read_text())
@@ -105,12 +109,16 @@ def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, di
     }
 
 
-def table(results: dict[str, dict], plan: Plan, tokens: int, files: int) -> str:
-    """The results as Markdown."""
+def table(results: dict[str, dict], what: str, counts: np.ndarray) -> str:
+    """The results as Markdown.
+
+    Args:
+        what: how they were trained.
+        counts: predictions in each held-out file.
+    """
     lines = [
-        f"Held-out loss in nats a token, over {tokens:,} tokens of {files} files; stage 1 "
-        f"{plan.pretrain_tokens:,} tokens, stage 2 {plan.stream_tokens:,} tokens each, "
-        f"{len(plan.seeds)} seeds; {LEVEL} % intervals by bootstrap over files.",
+        f"{what}. Held-out loss in nats a token, over {counts.sum():,} tokens of {len(counts)} "
+        f"files; {LEVEL} % intervals by bootstrap over files.",
         "",
         "| model | loss | interval | against the backbone | interval |",
         "| --- | --- | --- | --- | --- |",

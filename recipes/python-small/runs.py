@@ -49,7 +49,7 @@ def pretrain(work: Path, plan: Plan) -> None:
     launch = []
     if plan.jobs > 1 and plan.batch_size % plan.jobs == 0:
         launch = [_launcher(), "-n", str(plan.jobs), "--cwd", str(Path.cwd()), "--"]
-    _train(work, plan, run, run / "model", options, launch, log=False)
+    train_once(work, plan, run, run / "model", options, launch, log=False)
 
 
 def train_streams(work: Path, plan: Plan) -> None:
@@ -72,12 +72,20 @@ def _train_streams(work: Path, plan: Plan, run: Run) -> None:
     else:
         options += ["--stage", "pretrain"]
     options += ["--lr", plan.train_all_lr]
-    _train(work, plan, run.folder, run.result, options, [], log=True)
+    train_once(work, plan, run.folder, run.result, options, [], log=True)
 
 
-def _train(
+def train_once(
     work: Path, plan: Plan, run: Path, result: Path, options: list, launch: list, *, log: bool
 ) -> None:
+    """One run, gone on with if it was stopped, left alone if it is finished.
+
+    Args:
+        result: the folder it leaves.
+        options: of ``parscale train``, besides those that all runs share.
+        launch: the command that starts several processes, if any.
+        log: write what it says to a file beside its folder, not to standard error.
+    """
     if result.is_dir():
         return
     print(f"{run.name}: begin", flush=True)
