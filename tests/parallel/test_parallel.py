@@ -32,6 +32,28 @@ def test_golden_cases(count, case, mode, rows, tokens):
             assert row["difference"] < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("mode", "bits", "changes"),
+    [
+        ("streams", 4, {}),
+        ("tensor", 0, {"attention_bias": True, "mlp_bias": True}),
+        ("tensor", 4, {}),
+        ("tensor", 8, {"parscale_n": 1}),
+    ],
+)
+def test_biases_and_quantised_weights(mode, bits, changes):
+    for outcome in run_ranks(2, rank_jobs.share_random_model, mode, bits, changes):
+        far, error = outcome.result
+        assert error == ""
+        assert far < 1e-5
+
+
+def test_quantised_groups_that_cannot_be_shared():
+    changes = {"intermediate_size": 32 * 5}
+    for outcome in run_ranks(2, rank_jobs.share_random_model, "tensor", 4, changes):
+        assert outcome.result[1].endswith("it is quantised in 5 groups of 32")
+
+
 @pytest.fixture(scope="module", params=["streams", "tensor"])
 def two_ranks_of_p4(request):
     outcomes = run_ranks(2, rank_jobs.measure, "p4", request.param)
