@@ -26,34 +26,49 @@ class Traffic:
     bytes: int
     steps: int
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.bytes + other.bytes, self.steps + other.steps)
+
 
 def traffic_of_a_token(
     args: ModelArgs, streams: int, tensor: int, *, itemsize: int, share_tokens: bool
 ) -> Traffic:
     """What each rank sends while one sequence advances by one token.
 
-    A ring of N ranks gathers in N - 1 steps, in each of which a rank passes on what one rank gave.
-    It sums in 2 (N - 1) steps, in each of which a rank passes on a N-th of the array.
-
     Args:
         streams, tensor: as in ``parscale_mlx.parallel.Parallel``.
         itemsize: bytes of one number of a hidden state.
         share_tokens: whether rank 0's token is sent round, too.
     """
-    ranks, hidden = streams * tensor, args.hidden_size * itemsize
-    others = ranks - 1
-    sent, steps = 0, 0
-    if streams > 1:
-        sent += others * (args.parscale_n // streams) * hidden // tensor
-        steps += others
-    if tensor > 1:
-        sums = 2 * args.num_hidden_layers
-        sent += sums * 2 * others * args.parscale_n * hidden // ranks
-        steps += sums * 2 * others
-    if share_tokens:
-        sent += others * TOKEN
-        steps += others
-    return Traffic(sent, steps)
+    traffic = traffic_of_the_gather(args, streams, tensor, itemsize=itemsize)
+    traffic += traffic_of_the_sums(args, streams, tensor, itemsize=itemsize)
+    others = streams * tensor - 1
+    return traffic + Traffic(others * TOKEN, others) if share_tokens else traffic
+
+
+def traffic_of_the_gather(args: ModelArgs, streams: int, tensor: int, *, itemsize: int) -> Traffic:
+    """What each rank sends for the final hidden states of one token.
+
+    A ring of N ranks gathers in N - 1 steps, in each of which a rank passes on what one rank gave.
+    """
+    if streams == 1:
+        return Traffic(0, 0)
+    others = streams * tensor - 1
+    own = args.parscale_n // streams * args.hidden_size // tensor
+    return Traffic(others * own * itemsize, others)
+
+
+def traffic_of_the_sums(args: ModelArgs, streams: int, tensor: int, *, itemsize: int) -> Traffic:
+    """What each rank sends for the two sums in every layer of one token.
+
+    A ring of N ranks sums in 2 (N - 1) steps, in each of which a rank passes on an N-th of the
+    array: all streams, whoever runs them.
+    """
+    if tensor == 1:
+        return Traffic(0, 0)
+    ranks = streams * tensor
+    steps = 2 * args.num_hidden_layers * 2 * (ranks - 1)
+    return Traffic(steps * args.parscale_n * args.hidden_size * itemsize // ranks, steps)
 
 
 def sent_bytes() -> int | None:
