@@ -155,12 +155,18 @@ def mlx_side(model: Any, ids: mx.array) -> Side:
 
 
 def measure(
-    sides: dict[str, Side], *, repeats: int, tokens: int, turn_done: Callable[[], object] = int
+    sides: dict[str, Side],
+    *,
+    repeats: int,
+    tokens: int,
+    clock: Callable[[], float] = time.perf_counter,
+    turn_done: Callable[[], object] = int,
 ) -> dict[str, Timing]:
     """Time the sides by turns, so that what else the machine does touches all of them alike.
 
     Args:
         repeats: turns, after one that warms up.
+        clock: ``time.process_time`` where other programs take the cores.
         turn_done: called after each side's turn.
     """
     first: dict[str, list[float]] = {name: [] for name in sides}
@@ -171,11 +177,11 @@ def measure(
             mx.clear_cache()
             before = mx.get_active_memory()
             mx.reset_peak_memory()
-            start = time.perf_counter()
+            start = clock()
             state = side.prefill()
-            middle = time.perf_counter()
+            middle = clock()
             side.decode(state, tokens)
-            end = time.perf_counter()
+            end = clock()
             peaks[name] = side.weight_bytes + max(0, mx.get_peak_memory() - before)
             del state
             if turn > 0:

@@ -76,6 +76,12 @@ from parscale_cli.quantities import WholeNumbers
     show_default=True,
     help="Measured turns of each side; medians are shown.",
 )
+@click.option(
+    "--cpu-time",
+    is_flag=True,
+    help="Measure the processor's time, all cores added up, not the clock's: where other programs "
+    "take the cores. The machine's rates are then those of one core.",
+)
 @plot_option("time to the first token and time per token over P")
 @click.option("--force", is_flag=True, help="Replace an existing plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -93,12 +99,13 @@ def bench(model, shape, adapters, quantisations, plot, force, as_json, **options
     check_plot(plot, force=force)
     from parscale_cli.bench_mlx import measure_all, measure_machine
 
-    machine = measure_machine()
+    machine = measure_machine(cpu_time=options["cpu_time"])
     report = {
         "machine": machine,
         "model": model or str(shape or "SmolLM2-135M's shape, random weights"),
         "tokens": options["tokens"],
         "repeats": options["repeats"],
+        "cpu_time": options["cpu_time"],
         "rows": measure_all(machine, (model, shape, adapters), quantisations, **options),
     }
     if plot is not None:
@@ -116,7 +123,7 @@ def _print(report: dict) -> None:
     machine = report["machine"]
     click.echo(
         f"{report['model']} on {machine['name']}; {report['tokens']} tokens decoded, medians of "
-        f"{report['repeats']} turns"
+        f"{report['repeats']} turns" + (" in processor time" if report["cpu_time"] else "")
     )
     rates = ", ".join(f"{v / 1e9:.4g} GFLOP/s in {k}" for k, v in machine["flops"].items())
     click.echo(f"measured first: {machine['bandwidth'] / 1e9:.4g} GB/s, {rates}")

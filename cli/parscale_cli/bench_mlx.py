@@ -1,7 +1,8 @@
 """The measurements of ``parscale bench``, set against counts and against the machine."""
 
 import io
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,14 +20,19 @@ from parscale_cli.analysis.roofline import Work, step
 from parscale_cli.analysis.shape import Precision, Shape, precision_of, read_config, shape_of
 
 
-def measure_machine() -> dict:
-    """The device's name, its memory bandwidth and its matrix products, in units a second."""
+def measure_machine(*, cpu_time: bool) -> dict:
+    """The device's name, its memory bandwidth and its matrix products, in units a second.
+
+    Args:
+        cpu_time: units a second of one core.
+    """
+    clock = _clock(cpu_time)
     return {
         "name": machine.device_name(),
-        "bandwidth": machine.measure_bandwidth(),
+        "bandwidth": machine.measure_bandwidth(clock),
         "flops": {
-            "float32": machine.measure_flops(mx.float32),
-            "float16": machine.measure_flops(mx.float16),
+            "float32": machine.measure_flops(mx.float32, clock),
+            "float16": machine.measure_flops(mx.float16, clock),
         },
     }
 
@@ -42,6 +48,7 @@ def measure_all(
     tokens: int,
     repeats: int,
     group_size: str,
+    cpu_time: bool,
 ) -> list[dict]:
     """One row for each quantisation, batch size, prompt length and side, as plain data.
 
@@ -66,6 +73,7 @@ def measure_all(
                     {name: benchmark.mlx_side(model, ids) for name, model in models.items()},
                     repeats=repeats,
                     tokens=tokens,
+                    clock=_clock(cpu_time),
                     turn_done=bar.update,
                 )
                 for name, timing in timings.items():
@@ -75,6 +83,10 @@ def measure_all(
                     case |= _rates(case, timings["mlx-lm"])
                     rows.append(case | _shares(case, rates, shape, precision, tokens))
     return rows
+
+
+def _clock(cpu_time: bool) -> Callable[[], float]:
+    return time.process_time if cpu_time else time.perf_counter
 
 
 def _load(

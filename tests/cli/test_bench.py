@@ -48,8 +48,10 @@ def test_a_model_with_streams(parscale, tmp_path):
 
 
 def test_a_shape(parscale):
-    result = parscale(*RUN, "--shape", GOLDEN / "p1" / "config.json", "--streams", 2)
+    result = parscale(*RUN, "--shape", GOLDEN / "p1" / "config.json", "--streams", 2,
+                      "--cpu-time")  # fmt: skip
     assert result.exit_code == 0, result.output
+    assert "in processor time" in result.stdout
     lines = result.stdout.splitlines()
     assert "config.json on Device(" in lines[0] and "GB/s" in lines[1]
     assert [line.split()[3] for line in lines[4:]] == ["mlx-lm", "P=2"]

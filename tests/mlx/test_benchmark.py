@@ -77,6 +77,12 @@ def test_measure_takes_turns_and_medians():
     assert timings["quick"].peak_memory >= 1000
 
 
+def test_processor_time_does_not_count_waiting():
+    side = benchmark.Side(lambda: time.sleep(0.05), lambda state, tokens: time.sleep(0.05))
+    timing = benchmark.measure({"idle": side}, repeats=1, tokens=1, clock=time.process_time)["idle"]
+    assert timing.first_token < 0.04 and timing.step < 0.04
+
+
 def test_peak_memory_counts_the_cache():
     model, _ = load("p4")
     prompt = mx.zeros((1, 200), mx.int32)
