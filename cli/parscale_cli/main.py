@@ -10,6 +10,7 @@ from parscale_cli.chat import chat
 from parscale_cli.convert import convert
 from parscale_cli.cost import cost
 from parscale_cli.doctor import doctor
+from parscale_cli.evaluate import evaluate
 from parscale_cli.export_onnx import export_onnx
 from parscale_cli.fuse import fuse
 from parscale_cli.generate import generate
@@ -47,6 +48,6 @@ def cli():
 
 for command in (
     generate, chat, serve, convert, fuse, train, plot, export_onnx, verify,
-    perplexity, scaling_law, cost, bench, doctor,
+    perplexity, evaluate, scaling_law, cost, bench, doctor,
 ):  # fmt: skip
     cli.add_command(command)

