@@ -26,11 +26,11 @@ class Plan:
     seq_length: int = 256
     batch_size: int = 16
     prefix_tokens: int = 48
-    init: str = "text"
+    init: str = "random"
     pretrain_tokens: int = 20_000_000
     pretrain_lr: float = 2e-3
     stream_tokens: int = 400_000
-    streams_lr: float = 3e-3
+    streams_lr: float = 3e-2
     train_all_lr: float = 3e-4
     streams: tuple[int, ...] = STREAMS
     seeds: tuple[int, ...] = (0, 1, 2)
