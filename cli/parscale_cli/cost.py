@@ -195,5 +195,7 @@ def _measure(bits: int):
 
     from parscale_cli.analysis.devices import Device
 
+    if mx.default_device() == mx.cpu and bits < 32:
+        click.echo("parscale computes in float32 here; --weight-bits 32 counts that", err=True)
     flops = machine.measure_flops(mx.float32 if bits > 16 else mx.float16)
     return Device(machine.device_name(), machine.measure_bandwidth(), flops, flops)

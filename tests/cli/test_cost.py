@@ -187,6 +187,10 @@ def test_this_machine(parscale):
     machine = json.loads(result.stdout)["devices"][0]
     assert machine["device"]["bandwidth"] > 1e8 and machine["device"]["flops32"] > 1e8
     assert (machine["compute_share"], machine["bandwidth_share"]) == (1, 1)
+    if mx.default_device() == mx.cpu:
+        assert result.stderr == ""
+        hint = parscale("cost", "0.5B", "--device", "this").stderr
+        assert "--weight-bits 32" in hint
 
 
 def test_the_paper_option(parscale):

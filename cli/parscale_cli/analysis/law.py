@@ -30,7 +30,7 @@ class ScalingLaw:
         return self.E + (self.A / self.equivalent_parameters(parameters, streams)) ** self.alpha
 
 
-# The paper's own fits, as its demonstration page and figures use them.
+# The paper's fits, in the digits of its authors' program; the figures print k rounded.
 PAPER = {
     "stack-v2-python": ScalingLaw(E=0.691237, A=1.130616e7, alpha=0.189371, k=0.393463),
     "pile": ScalingLaw(E=1.288766, A=1.973520e8, alpha=0.196333, k=0.334456),
