@@ -45,7 +45,7 @@ from parscale_cli.sampling import sampling_options, take_sampling
 @click.option(
     "--prompt-cache",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Reuse what this file holds of the prompt; written after the answer.",
+    help="Reuse what this .safetensors file holds of the prompt; written after the answer.",
 )
 @click.option(
     "--kv-bits",
@@ -129,6 +129,9 @@ def _check_together(options: dict, many: bool) -> None:
     for name in single_only:
         if many and options[name] is not None:
             raise click.UsageError(f"--{name.replace('_', '-')} takes a single prompt")
+    cache_file = options["prompt_cache"]
+    if cache_file is not None and cache_file.suffix != ".safetensors":  # MLX goes by it
+        raise click.UsageError(f"--prompt-cache {cache_file}: its name must end in .safetensors")
     if options["draft_model"] is not None:
         for name in ("prompt_cache", "max_kv_size"):
             if options[name] is not None:

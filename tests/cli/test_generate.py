@@ -141,7 +141,7 @@ def test_a_prompt_cache_of_another_model_or_none(parscale, model, plain_model, t
                     "--prompt-cache", file).exit_code == 0  # fmt: skip
     run = ("generate", "--model", plain_model, "-p", "a", "-n", 1, "--prompt-cache")
     assert "another model" in error_line(parscale(*run, file))
-    rubbish = tmp_path / "rubbish"
+    rubbish = tmp_path / "rubbish.safetensors"
     rubbish.write_text("rubbish")
     assert "not a prompt cache" in error_line(parscale(*run, rubbish))
 
@@ -195,6 +195,7 @@ def test_system_prompt(parscale, model, plain_model):
         (["-p", "a", "-p", "b", "--show-streams"], "--json"),
         (["-p", "a", "-p", "b", "--kv-bits", "8"], "--kv-bits"),
         (["-p", "a", "-p", "b", "--prompt-cache", "x"], "--prompt-cache"),
+        (["-p", "a", "--prompt-cache", "x.cache"], "must end in .safetensors"),
         (["-p", "a", "-p", "b", "--draft-model", "x"], "--draft-model"),
         (["-p", "a", "-p", "b", "--max-kv-size", "9"], "--max-kv-size"),
         (["-p", "a", "--draft-model", "x", "--max-kv-size", "9"], "--draft-model"),
