@@ -3,8 +3,8 @@
     python benchmarks/generate_onnx.py [--streams 1,4,8] [--precision fp32] [--prompt 256] [--json]
 
 All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
-token by token, so that what else the machine does touches all of them. Times are medians; ratios
-are to the first side. Where other programs want the same cores, --threads 1 --cpu-time measures the
+in one run, so that what else the machine does touches all of them. Times are medians; ratios are to
+the first side. Where other programs want the same cores, --threads 1 --cpu-time measures the
 processor's time instead. Beside our fused graphs run:
 
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
@@ -33,6 +33,7 @@ from parscale_export.config import read_config
 from safetensors.numpy import save_file
 
 PREFIX = 48
+REST = 0.2  # seconds before each turn: threads of the last side's pool still spin for a while
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -207,12 +208,13 @@ def measure(
     repeats: int,
     clock: Callable[[], float],
 ) -> dict:
-    """Median seconds of a prefill and of one decoded token, the sides taking turns at each."""
+    """Median seconds of a prefill and of one decoded token, the sides taking turns."""
     times: dict = {name: {"prefill": [], "decode": []} for name in sides}
     for turn in range(repeats + 1):
-        running = {name: side(ids, tokens + 1) for name, side in sides.items()}
-        for step in range(tokens + 1):
-            for name, steps in running.items():
+        for name, side in sides.items():
+            time.sleep(REST)
+            steps = side(ids, tokens + 1)
+            for step in range(tokens + 1):
                 start = clock()
                 next(steps)
                 seconds = clock() - start
