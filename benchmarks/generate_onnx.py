@@ -211,9 +211,10 @@ def measure(
     """Median seconds of a prefill and of one decoded token, the sides taking turns."""
     times: dict = {name: {"prefill": [], "decode": []} for name in sides}
     for turn in range(repeats + 1):
-        for name, side in sides.items():
+        # There and back, since it is not the same whom a side comes after.
+        for name in sides if turn % 2 else reversed(sides):
             time.sleep(REST)
-            steps = side(ids, tokens + 1)
+            steps = sides[name](ids, tokens + 1)
             for step in range(tokens + 1):
                 start = clock()
                 next(steps)
@@ -233,7 +234,7 @@ def main():
     parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default fp32)")
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
-    parser.add_argument("--repeats", type=int, default=5, help="measured turns (default 5)")
+    parser.add_argument("--repeats", type=int, default=6, help="measured turns (default 6)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument(
         "--cpu-time", action="store_true", help="measure the processor's time, not the clock's"
