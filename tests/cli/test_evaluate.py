@@ -67,10 +67,12 @@ def write_lines(file, values):
 def test_solutions_pass_and_others_do_not(tmp_path, name, values, solution):
     problems = read_problems(write_lines(tmp_path / name, values))
     for problem, value in zip(problems, values, strict=True):
-        assert run_program(problem.program(value[solution]), Limits()).passed
-        wrong = value[solution].replace("return", "return 1 +")
+        right = "\n" + value[solution]
+        assert run_program(problem.program(right), Limits()).passed
+        assert not problem.prompt[-1].isspace()
+        wrong = right.replace("return", "return 1 +")
         assert run_program(problem.program(wrong), Limits()) == Outcome(False, "AssertionError")
-        assert run_program(problem.program("    retur"), Limits()).passed is False
+        assert run_program(problem.program("\n    retur"), Limits()).passed is False
     if solution == "code":
         assert problems[0].prompt.startswith('"""\nWrite a function to double')
         assert "assert double(2) == 4" in problems[0].prompt
@@ -160,7 +162,7 @@ def coder(backbone, adapter, tmp_path_factory):
     folder = shutil.copytree(backbone, tmp_path_factory.mktemp("models") / "coder")
     models, tokenizer = open_models(folder, [adapter])
     for name in (f"two_{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"):
-        prompt = tokenizer.encode(f"def {name}():\n")
+        prompt = tokenizer.encode(f"def {name}():")
         tokens = []
         for _ in range(3):
             tokens.append(int(mx.argmax(models[4](mx.array([prompt + tokens]))[0, -1]).item()))
@@ -172,7 +174,7 @@ def coder(backbone, adapter, tmp_path_factory):
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = {n: word for word, n in content["model"]["vocab"].items()}
-    vocabulary |= dict(zip(tokens, ["ĠĠĠĠreturn", "Ġ2", "Ċclass"], strict=True))
+    vocabulary |= dict(zip(tokens, ["ĊĠĠĠĠreturn", "Ġ2", "Ċclass"], strict=True))
     content["model"]["vocab"] = {word: n for n, word in vocabulary.items()}
     file.write_text(json.dumps(content))
     return folder, HUMANEVAL[1] | {"prompt": f"def {name}():\n", "entry_point": name}
@@ -191,7 +193,7 @@ def test_code_is_a_table_of_problems_by_streams(parscale, coder, adapter, tmp_pa
     completions = json.loads(output.read_text())["completions"]
     (right,) = [c for c in completions if c["passed"]]
     assert (right["task_id"], right["streams"]) == ("HumanEval/1", 4)
-    assert right["completion"] == "    return 2"
+    assert right["completion"] == "\n    return 2"
     again = parscale(*run, "--run-generated-code", "--output", output)
     assert again.exit_code == 1 and "--force" in error_line(again)
 

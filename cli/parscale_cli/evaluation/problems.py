@@ -62,7 +62,9 @@ def _read_line(file: Path, number: int, line: str) -> Problem:
 
 
 def _humaneval(value: dict) -> Problem:
-    prompt, test = _text(value["prompt"]), _text(value["test"])
+    # Without the line's end: in many vocabularies that is one token with the indentation after it,
+    # and a model that is given half of it does not go on with the function.
+    prompt, test = _text(value["prompt"]).rstrip(), _text(value["test"])
     check = f"\n{test}\ncheck({_text(value['entry_point'])})\n"
     return Problem(str(value["task_id"]), prompt, HUMANEVAL_STOPS, prompt, check)
 
@@ -72,7 +74,7 @@ def _mbpp(value: dict) -> Problem:
     tests = [_text(test) for test in value["test_list"]]
     setup = value.get("test_setup_code") or "\n".join(value.get("test_imports") or [])
     # The task and its tests as the docstring of a file that is to be written.
-    prompt = '"""\n{}\n{}\n"""\n'.format(text, "\n".join(tests))
+    prompt = '"""\n{}\n{}\n"""'.format(text, "\n".join(tests))
     after = "\n{}\n{}\n".format(_text(setup), "\n".join(tests))
     return Problem(f"MBPP/{value['task_id']}", prompt, MBPP_STOPS, "", after)
 
