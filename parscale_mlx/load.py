@@ -124,13 +124,18 @@ def load_model(
 
 
 def open_models(
-    folder: Path, adapters: Sequence[Path], streams: Sequence[int] = ()
+    folder: Path,
+    adapters: Sequence[Path],
+    streams: Sequence[int] = (),
+    *,
+    parallel: str | None = None,
 ) -> tuple[dict[int, Model], TokenizerWrapper]:
     """Load a model and the stream adapters over it.
 
     Args:
         adapters: folders; with none, those that came with the model, in its folder ``adapters``.
         streams: numbers of them to have models of; by default all that there are.
+        parallel: as for ``load``. Each model then has arrays of its own.
 
     Returns:
         By number of streams, models that share their backbone's arrays; and the tokenizer.
@@ -142,11 +147,13 @@ def open_models(
     found = find_adapters(folder, adapters)
     if streams:
         found = {n: _pick(found, n) for n in streams}
-    backbone, config = load_model(folder)
+    backbone, config = load_model(folder, lazy=parallel is not None)
     models = {}
     for count, adapter in sorted(found.items()):
         model = backbone
-        if adapter is not None:
+        if parallel is not None:
+            model, _ = load(folder, adapter_path=adapter, parallel=parallel)
+        elif adapter is not None:
             model = with_streams(backbone, load_adapter(adapter, backbone=folder))
         # What the model computes once and keeps (tables of its rotary embedding) is computed here,
         # not on the thread that generates.

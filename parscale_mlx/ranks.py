@@ -4,6 +4,7 @@ Each is a *rank* of a group. They run the same program; if they computed with ot
 asked other things, they would wait for each other forever, so that is found out at the start.
 """
 
+import hashlib
 import json
 import secrets
 from functools import cache
@@ -51,6 +52,11 @@ def check_same(group: mx.distributed.Group, facts: dict[str, str]) -> None:
                 )
 
 
+def check_same_input(group: mx.distributed.Group, name: str, *values: Any) -> None:
+    """As ``check_same``, for what the ranks are asked: anything that makes JSON, of any length."""
+    check_same(group, {name: hashlib.sha256(json.dumps(values).encode()).hexdigest()})
+
+
 def all_gather(x: mx.array, group: mx.distributed.Group) -> mx.array:
     """What every rank gave as ``x``, [n, ...], one after the other: [ranks * n, ...]."""
     return mx.distributed.all_gather(x, group=group, stream=_stream())
@@ -65,6 +71,16 @@ def _stream() -> Any:
     # Two streams would run their exchanges at the same time, and each rank could pair them
     # otherwise. On a GPU the backends take one of their own, whatever stream computes.
     return _CPU_STREAM if mx.default_device() == mx.cpu else None
+
+
+def broadcast(group: mx.distributed.Group, data: bytes) -> bytes:
+    """What rank 0 gave, on every rank; nothing costs one exchange, anything else two."""
+    sizes: Any = all_gather(mx.array([len(data)]), group).tolist()
+    if not sizes[0]:
+        return b""
+    given = data if group.rank() == 0 else bytes(sizes[0])
+    summed: Any = all_sum(mx.array(list(given), mx.uint8), group).tolist()
+    return bytes(summed)
 
 
 def gather_bytes(group: mx.distributed.Group, data: bytes) -> list[bytes]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from parscale_cli.adapters import adapter_options
+from parscale_cli.parallel import parallel_option
 
 KEY = "PARSCALE_API_KEY"
 
@@ -108,10 +109,15 @@ KEY = "PARSCALE_API_KEY"
     show_default=True,
     help="info logs a line for each request, without its text.",
 )  # fmt: skip
-def serve(model, adapters, streams, name, host, port, origins, log_level, temp, **limits):
+@parallel_option
+def serve(
+    model, adapters, streams, name, host, port, origins, log_level, temp, parallel, **limits
+):  # fmt: skip
     """Serve a model over HTTP as OpenAI's API, and a page to chat on at /.
 
-    A request's model field picks the number of streams: NAME, or NAME:pP for P of them.
+    A request's model field picks the number of streams: NAME, or NAME:pP for P of them. With
+    --parallel the first process listens, and there is one number of streams: that of --streams, or
+    the most.
     """
     if limits["api_key"] == "":
         raise click.UsageError(f"the API key (--api-key or {KEY}) is empty")
@@ -120,17 +126,24 @@ def serve(model, adapters, streams, name, host, port, origins, log_level, temp, 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
     from parscale_mlx.default_model import default_model_folder
-    from parscale_mlx.load import find_folder, open_models
+    from parscale_mlx.load import find_adapters, find_folder, open_models
+    from parscale_mlx.ranks import check_same
     from parscale_mlx.serve.models import ServedModels
-    from parscale_mlx.serve.server import open_server, serve_until_signalled
+    from parscale_mlx.serve.server import follow, open_server, serve_until_signalled
     from parscale_mlx.serve.settings import Settings
 
     folder = find_folder(model or default_model_folder())
     settings = Settings(temperature=temp, allowed_origins=origins, **limits)
-    models, tokenizer = open_models(folder, adapters)
+    only = () if parallel is None else (streams or max(find_adapters(folder, adapters)),)
+    models, tokenizer = open_models(folder, adapters, only, parallel=parallel)
     served = ServedModels(
         models, tokenizer, name=name or _name(model, folder), settings=settings, streams=streams
     )
+    if served.parallel is not None:
+        check_same(served.parallel.group, served.facts())
+        if served.parallel.group.rank() > 0:
+            follow(served)
+            return
     with open_server(served, host, port) as server:
         click.echo(f"Serving {', '.join(served.names)} on {server.url}", err=True)
         serve_until_signalled(server)

@@ -1,14 +1,18 @@
 """mlx-lm's generation thread, given requests that know their limits."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from queue import Empty, Queue
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
+from parscale_mlx.ranks import broadcast
 from parscale_mlx.serve.failure import HUNG_UP, PromptError, RequestFailed
 from parscale_mlx.serve.models import ServedModels
+from parscale_mlx.serve.sharing import from_bytes, same_tokens, to_bytes
 from parscale_mlx.taps import Piece, Pieces, RowTap
+from parscale_mlx.watch import SETTLE
 
 import mlx.core as mx
 from mlx_lm.generate import make_text_state_machine
@@ -23,8 +27,11 @@ from mlx_lm.server import (
 )
 
 POLL = 0.5
+STOP = b"stop"
 # Seconds of generation between two looks at the requests that came, or were given up.
 TURN = 0.05
+# Of ranks, which must agree on it: steps of the batch instead.
+SHARED_TURN = range(8)
 
 
 @dataclass
@@ -72,26 +79,81 @@ class PromptCache(LRUPromptCache):
 
 
 class AnswerGenerator(ResponseGenerator):
-    """Generates answers on a thread of its own, in one continuous batch a model."""
+    """Generates answers on a thread of its own, in one continuous batch a model.
+
+    Where several processes share the model, each has one of these, and the others' do what rank
+    0's does: it sends them its requests, and the answers that nobody waits for any more.
+
+    Attributes:
+        failure: what ended the thread.
+    """
 
     model_provider: ServedModels
 
     def __init__(self, models: ServedModels):
         self._alone = False
         self._taken: Request | None = None
+        self._parallel = models.parallel
+        self.failure: Exception | None = None
         settings = models.settings
         # Its thread starts here, so what it needs comes first.
         super().__init__(
             models, PromptCache(settings.prompt_cache_size, settings.prompt_cache_bytes)
         )
-        self._time_budget = TimeBudget(TURN)
+        self._time_budget: Any = TimeBudget(TURN) if self._parallel is None else SHARED_TURN
 
     def _run_generate(self):
         try:
-            super()._run_generate()
+            with same_tokens(self._parallel):
+                super()._run_generate()
         finally:
             # MLX asks this of each thread; left to the thread's end, it can abort the process.
             mx.clear_streams()
+
+    def _generate(self):
+        try:
+            super()._generate()
+        except Exception as error:
+            self.failure = error
+            if self._parallel is not None:
+                # Another rank's death reaches this and the watch in either order.
+                sleep(SETTLE)
+            raise
+
+    def stop_and_join(self):
+        if self._parallel is None:
+            super().stop_and_join()
+        else:
+            # Every rank has to end after the same step.
+            self.requests.put(STOP)
+            self.join()
+
+    def _share_request(self, item):
+        if self._parallel is None:
+            return item
+        data = b""
+        if item is STOP:
+            data = STOP
+        elif item is not None:
+            answer, request, args = item
+            # A copy, which is not cancelled later: the other ranks would not know.
+            request = replace(request)
+            data = to_bytes(request, args, cancelled=request.cancelled)
+        received = broadcast(self._parallel.group, data)
+        if received in (b"", STOP):
+            self._stop = received == STOP
+            return None
+        if data:
+            return answer, request, args
+        fields, args = from_bytes(received)
+        return Queue(), Request(**fields), args
+
+    def _share_object(self, numbers):
+        """Rank 0's list of numbers."""
+        if self._parallel is None:
+            return numbers
+        data = json.dumps(numbers).encode() if numbers else b""
+        return json.loads(broadcast(self._parallel.group, data) or "[]")
 
     def generate(  # type: ignore[override]  # our handler's requests are all of our kind
         self, request: Request, generation_args: GenerationArguments, progress_callback=None

@@ -91,6 +91,8 @@ def check(body: dict[str, Any], path: str, models: ServedModels) -> dict[str, An
             _integer(body, name, least, most)
     for name in ("stream", "stream_weights"):
         body[name] = _typed(body, name, bool, "true or false") or False
+    if "seed" in body and models.parallel is not None:
+        raise RequestFailed(400, "seed is not supported by a model that several processes share")
     body["stop"] = _stop(body.get("stop", []))
     body["logit_bias"] = _logit_bias(body.get("logit_bias"), models.vocabulary)
     options = _typed(body, "stream_options", dict, "an object") or {}

@@ -4,6 +4,7 @@ from argparse import Namespace
 from typing import Any
 
 from parscale_mlx.model import Model
+from parscale_mlx.parallel import Parallel
 from parscale_mlx.serve.failure import RequestFailed
 from parscale_mlx.serve.settings import Settings
 from parscale_mlx.taps import StreamTap
@@ -19,7 +20,8 @@ class ServedModels(ModelProvider):
     """mlx-lm's provider of models, over models that are in memory already.
 
     Args:
-        models: by number of streams, as ``open_models`` gives them.
+        models: by number of streams, as ``open_models`` gives them; only one may be shared with
+            other processes.
         name: what clients call the model; ``NAME:pP`` is the one with P streams.
         streams: those of the model behind ``name`` alone; by default the most that there are.
 
@@ -45,6 +47,7 @@ class ServedModels(ModelProvider):
         if streams is not None and streams not in models:
             there = ", ".join(map(str, models))
             raise ValueError(f"no model or adapter here has {streams} streams, only {there}")
+        self.parallel: Parallel | None = next(iter(models.values())).parallel
         self.default = f"{name}:p{streams or max(models)}"
         self.aliases = {name: self.default, "default_model": self.default}
 
@@ -52,6 +55,12 @@ class ServedModels(ModelProvider):
     def names(self) -> list[str]:
         """What clients may ask for: the name alone, and the name with each number of streams."""
         return [next(iter(self.aliases)), *self.taps]
+
+    def facts(self) -> dict[str, str]:
+        """What must not differ between ranks that serve together, for ``ranks.check_same``."""
+        names = ("max_concurrent", "prompt_cache_size", "prompt_cache_bytes")
+        settings = {name.replace("_", "-"): str(getattr(self.settings, name)) for name in names}
+        return settings | {"name of the model": self.default}
 
     def resolve(self, name: str | None) -> str:
         """The full name of the model that a request means.

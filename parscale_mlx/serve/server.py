@@ -195,3 +195,17 @@ def serve_until_signalled(server: Server) -> None:
     server.serve_forever(poll_interval=0.2)
     if not server.answers.is_healthy:
         raise RuntimeError("the generation thread has failed; the log says why")
+
+
+def follow(models: ServedModels) -> None:
+    """Compute what rank 0 serves, on another rank, until rank 0 stops.
+
+    Raises:
+        RuntimeError: generation failed.
+    """
+    # A terminal sends it to all ranks; rank 0 finishes its answers first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    answers = AnswerGenerator(models)
+    answers.join()
+    if answers.failure is not None:
+        raise RuntimeError(f"generation failed: {answers.failure}") from answers.failure

@@ -15,20 +15,11 @@ from parscale_mlx.default_model import default_model_folder
 import pytest
 import rank_jobs
 from click.testing import CliRunner
-from golden_cases import GOLDEN
 from parscale_cli.main import cli
 from rank_processes import free_ports, run_ranks
 from safetensors.numpy import load_file, save_file
-from tiny_models import write_tokenizer
 
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "p4"
-    write_tokenizer(shutil.copytree(GOLDEN / "p4", folder))
-    return folder
 
 
 @pytest.fixture(scope="module")
