@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parscale_cli.adapters import many_streams_options
+from parscale_cli.parallel import parallel_option
 from parscale_cli.quantities import WholeNumbers
 
 if TYPE_CHECKING:
@@ -142,10 +143,16 @@ class Figure:
 )
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")  # fmt: skip
-def evaluate(model, adapters, streams, output, force, as_json, **options):
+@parallel_option
+def evaluate(model, adapters, streams, output, force, as_json, parallel, **options):
     """Evaluate models on tasks and programming problems; one table, task by number of streams."""
     tasks = [name.strip() for name in options.pop("tasks").split(",") if name.strip()]
     files, folders = options.pop("files"), options.pop("folders")
+    if tasks and parallel is not None:
+        raise click.UsageError(
+            "--tasks cannot go with --parallel: the harness's model would give each process "
+            "questions of its own; --code can"
+        )
     _check(tasks, files, output, force, options)
     problems = _read_all(files, options["limit"])
     harness = manager = None
@@ -156,7 +163,7 @@ def evaluate(model, adapters, streams, output, force, as_json, **options):
     from parscale_mlx.load import find_folder, open_models
 
     models, tokenizer = open_models(
-        find_folder(model or default_model_folder()), adapters, streams or ()
+        find_folder(model or default_model_folder()), adapters, streams or (), parallel=parallel
     )
     figures: list[Figure] = []
     completions: list[dict] = []
@@ -165,8 +172,12 @@ def evaluate(model, adapters, streams, output, force, as_json, **options):
             figures += _run_tasks(harness, manager, tasks, count, loaded, tokenizer, options)
         for file, own in problems.items():
             samples = list(_run_code(own, count, loaded, tokenizer, options))
+            if _follows(loaded):
+                continue
             figures += _pass_figures(file, count, samples, options["ks"])
             completions += [_as_dict(file, count, sample) for sample in samples]
+    if _follows(loaded):
+        return
     report = {"figures": [vars(figure) for figure in figures]}
     if output is not None:
         _write(output, report | {"completions": completions})
@@ -174,6 +185,11 @@ def evaluate(model, adapters, streams, output, force, as_json, **options):
         click.echo(json.dumps(report))
     else:
         _print(figures)
+
+
+def _follows(model) -> bool:
+    """Whether this process only computes with rank 0, which runs programs and reports."""
+    return model.parallel is not None and model.parallel.group.rank() > 0
 
 
 def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, options: dict) -> None:
@@ -275,6 +291,8 @@ def _run_code(
         answers, total=len(asked), desc=f"P={count}", unit=" answers", disable=None, leave=False
     )
     completions = [(asked[number], text) for number, text in bar]
+    if _follows(model):
+        return
     limits = Limits(options["code_timeout"], options["code_memory"] << 20)
     yield from run_samples(completions, limits, os.cpu_count() or 1)
 

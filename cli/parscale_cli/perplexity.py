@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from parscale_cli.adapters import many_streams_options
+from parscale_cli.parallel import parallel_option
 from parscale_cli.runtime import is_export
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ class Scorer:
 
     Attributes:
         losses: of texts' tokens but the first, in nats.
+        group: the processes that share the model, if several do.
     """
 
     tokenizer: Any
     context: int
     losses: Callable[[list[list[int]]], list[list[float]]]
+    group: Any = None
 
 
 @click.command()
@@ -77,9 +80,11 @@ class Scorer:
     help="Level of the confidence intervals.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+@parallel_option
 def perplexity(
-    files, model, adapters, streams, runtime, window, stride, batch_size, limit, level, as_json
-):
+    files, model, adapters, streams, runtime, parallel, window, stride, batch_size, limit, level,
+    as_json,
+):  # fmt: skip
     """Print models' perplexity on held-out text, with a confidence interval.
 
     A FILE is one document, or of a .jsonl file each line is one: a string or {"text": ...}.
@@ -89,7 +94,7 @@ def perplexity(
 
     documents = [document for file in files for document in read_documents(file)]
     losses: dict[int, list[float]] = {}
-    for count, scorer in _scorers(model, adapters, streams, runtime):
+    for count, scorer in _scorers(model, adapters, streams, runtime, parallel):
         size = min(window or ENOUGH, scorer.context)
         if window is not None and window > scorer.context:
             raise click.UsageError(
@@ -101,17 +106,24 @@ def perplexity(
         parts = list(windows(documents, scorer.tokenizer.encode, size, step))[:limit]
         if not parts:
             raise ValueError(f"{', '.join(map(str, files))}: no text of two tokens or more")
+        if scorer.group is not None:
+            from parscale_mlx.ranks import check_same_input
+
+            tokens = [part.tokens for part in parts]
+            check_same_input(scorer.group, "text or batch size", tokens, batch_size)
         losses[count] = list(_window_losses(scorer, parts, batch_size, f"P={count}"))
     scored = [part.tokens[-part.scored :] for part in parts]
     n_bytes = sum(len(scorer.tokenizer.decode(tokens).encode()) for tokens in scored)
     _print(report(losses, parts, n_bytes, level), as_json)
 
 
-def _scorers(model, adapters, streams, runtime) -> Iterator[tuple[int, Scorer]]:
+def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int, Scorer]]:
     engine = runtime or ("onnx" if model is not None and is_export(Path(model)) else "mlx")
     if engine == "onnx":
-        if model is None or adapters:
-            raise click.UsageError("--runtime onnx takes --model DIR, an export, and no --adapter")
+        if model is None or adapters or parallel:
+            raise click.UsageError(
+                "--runtime onnx takes --model DIR, an export, and no --adapter nor --parallel"
+            )
         yield from _onnx_scorers(model, streams)
         return
     from parscale_mlx.default_model import default_model_folder
@@ -119,10 +131,11 @@ def _scorers(model, adapters, streams, runtime) -> Iterator[tuple[int, Scorer]]:
     from parscale_mlx.load import find_folder, open_models
 
     folder = find_folder(model or default_model_folder())
-    models, tokenizer = open_models(folder, adapters, streams or ())
+    models, tokenizer = open_models(folder, adapters, streams or (), parallel=parallel)
     for count, loaded in models.items():
         context = loaded.args.max_position_embeddings
-        yield count, Scorer(tokenizer, context, partial(token_losses, loaded))
+        group = loaded.parallel.group if loaded.parallel is not None else None
+        yield count, Scorer(tokenizer, context, partial(token_losses, loaded), group)
 
 
 def _onnx_scorers(model: str, streams) -> Iterator[tuple[int, Scorer]]:

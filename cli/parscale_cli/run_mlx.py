@@ -1,7 +1,5 @@
 """Generation in MLX: one answer as a stream, or several prompts as one continuous batch."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
@@ -11,7 +9,7 @@ from typing import Any
 from parscale_mlx import load, prompt_cache, stream_generate
 from parscale_mlx.default_model import default_model_folder
 from parscale_mlx.load import find_adapter, find_folder, identity
-from parscale_mlx.ranks import check_same
+from parscale_mlx.ranks import check_same, check_same_input
 from parscale_mlx.streams import StreamRecorder
 
 import mlx.core as mx
@@ -96,8 +94,8 @@ class MlxRuntime:
         self, prompts: list[list[int]], sampling: Sampling, *, with_streams: bool
     ) -> Iterator[Piece]:
         if self.model.parallel is not None:
-            what = hashlib.sha256(json.dumps([prompts, asdict(sampling)]).encode()).hexdigest()
-            check_same(self.model.parallel.group, {"prompt or sampling": what})
+            group = self.model.parallel.group
+            check_same_input(group, "prompt or sampling", prompts, asdict(sampling))
         if len(prompts) > 1:
             return answer_batch(self.model, self.tokenizer, prompts, sampling)
         if "draft_model" in self.options:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from parscale_mlx.model import Model
+from parscale_mlx.ranks import check_same_input
 from parscale_mlx.taps import Pieces, RowTap, StreamTap
 
 import mlx.core as mx
@@ -32,10 +33,15 @@ def complete(
         A prompt's number and its answer, in the order in which they are finished.
     """
     mx.random.seed(seed)
+    sampler = make_sampler(temp, top_p=top_p if top_p < 1 else 0.0)
+    if model.parallel is not None:
+        asked = [prompts, max_tokens, batch_size, temp, top_p, seed]
+        check_same_input(model.parallel.group, "prompts or sampling", asked)
+        sampler = model.parallel.sampler(sampler)
     tap: Any = StreamTap(model)
     generator = BatchGenerator(
         tap,
-        sampler=make_sampler(temp, top_p=top_p if top_p < 1 else 0.0),
+        sampler=sampler,
         completion_batch_size=batch_size,
         prefill_batch_size=batch_size,
     )
