@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,6 +47,25 @@ def start_stream(connection: HTTPConnection, headers=None):
     while not response.readline().startswith(b"data: "):
         pass
     return response
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(backbone, adapter):
+    def curl(body: dict) -> str:
+        url = f"http://127.0.0.1:{port}{CHAT}"
+        command = ["curl", "--silent", "--show-error", "--fail", "--no-buffer", url]
+        command += ["--header", "Content-Type: application/json", "--data", json.dumps(body)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    with process("--model", backbone, "--adapter", adapter, "--name", "mine") as (_, line):
+        port = line.strip().rpartition(":")[2]
+        whole = json.loads(curl(chat("Hi", max_tokens=5, model="mine:p4")))
+        events = curl(chat("Hi", max_tokens=5, model="mine:p4", stream=True)).split("\n\n")
+    assert whole["model"] == "mine:p4"
+    pieces = [json.loads(e.removeprefix("data: ")) for e in events if e.startswith("data: {")]
+    text = "".join(p["choices"][0]["delta"].get("content") or "" for p in pieces if p["choices"])
+    assert text == whole["choices"][0]["message"]["content"] != ""
+    assert "data: [DONE]" in events
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
