@@ -154,7 +154,7 @@ def test_mlx_is_not_imported(export):
     "option",
     [
         ("--kv-bits", 8), ("--kv-group-size", 64), ("--max-kv-size", 9), ("--draft-model", "x"),
-        ("--prompt-cache", "x"), ("--quantized-kv-start", 1), ("--adapter", "/"),
+        ("--prompt-cache", "x.safetensors"), ("--quantized-kv-start", 1), ("--adapter", "/"),
     ],
 )  # fmt: skip
 def test_options_of_mlx_alone(parscale, export, option):
