@@ -1,4 +1,8 @@
-"""The training text: the source of Python's standard library, some of its files held out."""
+"""The training text: the source of Python's standard library, cut into three parts by file.
+
+``train`` is learnt from. ``tune`` is what the runs are evaluated on while they go and what settings
+were chosen by. ``held-out`` is measured once, at the end.
+"""
 
 import hashlib
 import json
@@ -10,14 +14,14 @@ from pathlib import Path
 from plan import Plan
 from transformers import Qwen2Tokenizer
 
-HELD_OUT = 0.05
+HELD_OUT, TUNE = 0.05, 0.05  # shares of the files
 # Tables, not programs: they would only teach to count.
 LEFT_OUT = {"site-packages", "encodings", "pydoc_data", "__pycache__", "lib2to3"}
 SAMPLE_BYTES = 8_000_000  # of text that the tokenizer learns from
 
 
 def prepare(work: Path, plan: Plan) -> None:
-    """Write ``corpus/train`` and ``corpus/held-out``, and ``config`` with tokenizer and sizes."""
+    """Write ``corpus/train``, ``tune`` and ``held-out``, and ``config`` with tokenizer and sizes."""
     if (work / "config").is_dir():
         return
     shutil.rmtree(work / "corpus", ignore_errors=True)
@@ -48,8 +52,7 @@ def copy_source(corpus: Path, limit: int) -> list[Path]:
             continue
         if size > limit:
             break
-        part = "held-out" if _hash(path) % 1000 < 1000 * HELD_OUT else "train"
-        target = corpus / part / path
+        target = corpus / _part(path) / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(text)
         chosen.append(path)
@@ -92,6 +95,13 @@ def model_config(plan: Plan) -> dict:
         "eos_token_id": 0,
         "torch_dtype": "float32",
     }
+
+
+def _part(path: Path) -> str:
+    place = _hash(path) % 1000 / 1000
+    if place < HELD_OUT:
+        return "held-out"
+    return "tune" if place < HELD_OUT + TUNE else "train"
 
 
 def _hash(path: Path) -> int:

@@ -1,7 +1,8 @@
 """The recipe's training runs, each a call of ``parscale train``; none is done twice."""
 
+import json
 import os
-import shutil
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +47,8 @@ def pretrain(work: Path, plan: Plan) -> None:
         *("--stage", "pretrain", "--config", work / "config", "--lr", plan.pretrain_lr),
         *("--steps", max(1, plan.pretrain_tokens // plan.step_tokens)),
     ]
-    launch = []
-    if plan.jobs > 1 and plan.batch_size % plan.jobs == 0:
-        launch = [_launcher(), "-n", str(plan.jobs), "--cwd", str(Path.cwd()), "--"]
-    train_once(work, plan, run, run / "model", options, launch, log=False)
+    ranks = plan.jobs if plan.batch_size % plan.jobs == 0 else 1
+    train_once(work, plan, run, run / "model", options, ranks=ranks)
 
 
 def train_streams(work: Path, plan: Plan) -> None:
@@ -72,18 +71,25 @@ def _train_streams(work: Path, plan: Plan, run: Run) -> None:
     else:
         options += ["--stage", "pretrain"]
     options += ["--lr", plan.train_all_lr]
-    train_once(work, plan, run.folder, run.result, options, [], log=True)
+    train_once(work, plan, run.folder, run.result, options, log=True)
 
 
 def train_once(
-    work: Path, plan: Plan, run: Path, result: Path, options: list, launch: list, *, log: bool
+    work: Path,
+    plan: Plan,
+    run: Path,
+    result: Path,
+    options: list,
+    *,
+    ranks: int = 1,
+    log: bool = False,
 ) -> None:
     """One run, gone on with if it was stopped, left alone if it is finished.
 
     Args:
         result: the folder it leaves.
         options: of ``parscale train``, besides those that all runs share.
-        launch: the command that starts several processes, if any.
+        ranks: processes that share its batches.
         log: write what it says to a file beside its folder, not to standard error.
     """
     if result.is_dir():
@@ -93,21 +99,39 @@ def train_once(
         options = ["--resume", run]
     else:
         options += [
-            *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "held-out"),
+            *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "tune"),
             *("--seq-length", plan.seq_length, "--batch-size", plan.batch_size, "-o", run),
             *("--eval-sequences", max(1, plan.eval_tokens // plan.seq_length // 4)),
             *("--eval-every", 100, "--save-every", 100, "--report-every", 20, "--keep", 1),
         ]
         run.parent.mkdir(exist_ok=True)
-    command = [*launch, *PARSCALE, "train", *map(str, options)]
+    command = [*PARSCALE, "train", *map(str, options)]
     threads = {"OPENBLAS_NUM_THREADS": "1"} if plan.jobs > 1 else {}
     output = (run.parent / f"{run.name}.log").open("a") if log else None
-    subprocess.run(command, stderr=output, check=False, env=os.environ | threads)
+    processes = [
+        subprocess.Popen(command, stderr=output, env=os.environ | threads | variables)
+        for variables in ring(run.parent, ranks)
+    ]
+    for process in processes:
+        process.wait()
     if not result.is_dir():
         raise SystemExit(f"{run.name} failed" + (f": see {run}.log" if log else ""))
     print(f"{run.name}: done", flush=True)
 
 
-def _launcher() -> str:
-    beside = Path(sys.executable).with_name("mlx.launch")
-    return str(beside) if beside.is_file() else shutil.which("mlx.launch") or "mlx.launch"
+def ring(folder: Path, ranks: int) -> list[dict[str, str]]:
+    """The environment variables of each rank of an MLX ring on this machine.
+
+    mlx.launch would set the same ones, but it keeps a whole core busy itself.
+    """
+    if ranks == 1:
+        return [{}]
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
+    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    for s in sockets:
+        s.close()
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    return [
+        {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")}
+        for rank in range(ranks)
+    ]

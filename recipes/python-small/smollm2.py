@@ -52,7 +52,7 @@ def train(work: Path, plan: Plan, streams: int, lr: float) -> None:
     run = work / "runs" / f"p{streams}"
     options = ["--stage", "streams", "--model", smollm2_folder(), "--streams", streams, "--lr", lr]
     options += ["--steps", max(1, plan.stream_tokens // plan.step_tokens)]
-    train_once(work, plan, run, run / "adapter", options, [], log=False)
+    train_once(work, plan, run, run / "adapter", options)
 
 
 def measure(work: Path, plan: Plan, streams: tuple[int, ...]) -> None:
