@@ -3,8 +3,9 @@
     python benchmarks/generate_onnx.py [--streams 1,4,8] [--precision fp32] [--prompt 256] [--json]
 
 All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
-in one run, so that what else the machine does touches all of them. Times are medians; ratios are to
-the first side. Where other programs want the same cores, --threads 1 --cpu-time measures the
+in one run, so that what else the machine does touches all of them. Each is a process of its own,
+since where one's weights lie in memory depends on what was loaded before. Times are medians; ratios
+are to the first side. Where other programs want the same cores, --threads 1 --cpu-time measures the
 processor's time instead. Beside our fused graphs run:
 
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
@@ -17,6 +18,7 @@ processor's time instead. Beside our fused graphs run:
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -24,6 +26,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +38,8 @@ from safetensors.numpy import save_file
 
 PREFIX = 48
 REST = 0.2  # seconds before each turn: threads of the last side's pool still spin for a while
+GENAI = ("onnxruntime_genai", "torch", "transformers")  # what its graph is built and run with
+PYTORCH = ("torch", "transformers")
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -74,12 +80,13 @@ def write_checkpoint(folder: Path, config: dict, streams: int) -> Path:
     return folder
 
 
-def runner_side(model: OnnxModel) -> Side:
+def runner_side(folder: Path, threads: int) -> Side:
+    model = OnnxModel(folder, "cpu", threads=threads)
     return lambda ids, tokens: model.stream([ids], tokens)
 
 
-def naive_side(model: OnnxModel, streams: int) -> Side:
-    session = model.session
+def naive_side(folder: Path, streams: int, threads: int) -> Side:
+    session = OnnxModel(folder, "cpu", threads=threads).session
     inputs = [value for value in session.get_inputs() if value.name.startswith("past")]
     names = [output.name for output in session.get_outputs()]
 
@@ -100,25 +107,33 @@ def naive_side(model: OnnxModel, streams: int) -> Side:
     return run
 
 
-def genai_side(checkpoint: Path, threads: int, work: Path) -> Side:
-    import onnxruntime_genai as genai
+def build_genai(checkpoint: Path, threads: int, output: Path) -> None:
+    """The graph of onnxruntime-genai's own builder.
+
+    Raises:
+        RuntimeError: the builder failed.
+    """
     from transformers import GPT2TokenizerFast
 
     # The builder copies a tokenizer; any will do.
     for name, content in (("vocab.json", '{"a": 0}'), ("merges.txt", "#version: 0.2\n")):
         (checkpoint / name).write_text(content)
     GPT2TokenizerFast.from_pretrained(checkpoint).save_pretrained(checkpoint)
-    output, cache = work / "genai", work / "genai-cache"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
-    command += ["-i", str(checkpoint), "-o", str(output), "-c", str(cache)]
+    command += ["-i", str(checkpoint), "-o", str(output), "-c", str(output.with_name("cache"))]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
-        raise ImportError(f"its builder failed: {built.stderr.strip().splitlines()[-1]}")
+        raise RuntimeError(f"its builder failed: {built.stderr.strip().splitlines()[-1]}")
     file = output / "genai_config.json"
     settings = json.loads(file.read_text())
     settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
     file.write_text(json.dumps(settings))
-    model = genai.Model(str(output))
+
+
+def genai_side(folder: Path) -> Side:
+    import onnxruntime_genai as genai
+
+    model = genai.Model(str(folder))
 
     def run(ids: list[int], tokens: int) -> Iterator[object]:
         parameters = genai.GeneratorParams(model)
@@ -171,56 +186,77 @@ def torch_side(config: dict, streams: int, threads: int) -> Side:
 
 def build_sides(
     config: dict, counts: list[int], precision: str, kinds: list[str], threads: int, work: Path
-) -> dict[str, Side]:
+) -> dict[str, Callable[[], Side]]:
+    """Write what the sides load; each is then a function that its own process calls."""
     checkpoints = {n: write_checkpoint(work / f"p{n}", config, n) for n in counts}
-    sides: dict[str, Side] = {}
+    sides: dict[str, Callable[[], Side]] = {}
     for streams, folder in checkpoints.items():
         for kv_layout in ("batch", "heads") if streams > 1 else ("batch",):
             output = work / f"{kv_layout}-{streams}"
             export_onnx(folder, output, kv_layout=kv_layout, precision=precision)
-            sides[f"fused {kv_layout} P={streams}"] = runner_side(
-                OnnxModel(output, "cpu", threads=threads)
-            )
+            sides[f"fused {kv_layout} P={streams}"] = partial(runner_side, output, threads)
     for streams, folder in checkpoints.items() if "naive" in kinds else ():
         output = export_onnx(folder, work / f"naive-{streams}", ops="standard", precision=precision)
-        sides[f"naive P={streams}"] = naive_side(OnnxModel(output, "cpu", threads=threads), streams)
+        sides[f"naive P={streams}"] = partial(naive_side, output, streams, threads)
     if precision != "fp32":
         return sides
-    try:
-        if "genai" in kinds:
-            sides["genai P=1"] = genai_side(
-                write_checkpoint(work / "plain", config, 1), threads, work
-            )
-    except ImportError as error:
-        print(f"genai is left out: {error}")
-    try:
-        for streams in counts if "pytorch" in kinds else ():
-            sides[f"PyTorch P={streams}"] = torch_side(config, streams, threads)
-    except ImportError as error:
-        print(f"PyTorch is left out: {error}")
+    if "genai" in kinds and installed("genai", GENAI):
+        plain = write_checkpoint(work / "plain", config, 1)
+        try:
+            build_genai(plain, threads, work / "genai")
+            sides["genai P=1"] = partial(genai_side, work / "genai")
+        except RuntimeError as error:
+            print(f"genai is left out: {error}", file=sys.stderr)
+    if "pytorch" in kinds and installed("PyTorch", PYTORCH):
+        for streams in counts:
+            sides[f"PyTorch P={streams}"] = partial(torch_side, config, streams, threads)
     return sides
 
 
+def installed(side: str, packages: tuple[str, ...]) -> bool:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        print(f"{side} is left out: no {', '.join(missing)} here", file=sys.stderr)
+    return not missing
+
+
+def serve_side(make: Callable[[], Side], connection, cpu_time: bool) -> None:
+    """What a side's process does: run each (ids, tokens) it is sent, answer with the seconds."""
+    clock = time.process_time if cpu_time else time.perf_counter
+    side = make()
+    connection.send(None)
+    while turn := connection.recv():
+        ids, tokens = turn
+        steps, seconds = side(ids, tokens), []
+        for _ in range(tokens):
+            start = clock()
+            next(steps)
+            seconds.append(clock() - start)
+        connection.send(seconds)
+
+
 def measure(
-    sides: dict[str, Side],
-    ids: list[int],
-    tokens: int,
-    repeats: int,
-    clock: Callable[[], float],
+    sides: dict[str, Callable[[], Side]], ids: list[int], tokens: int, repeats: int, cpu_time: bool
 ) -> dict:
     """Median seconds of a prefill and of one decoded token, the sides taking turns."""
+    connections, context = {}, multiprocessing.get_context("spawn")
+    for name, make in sides.items():
+        connections[name], theirs = context.Pipe()
+        context.Process(target=serve_side, args=(make, theirs, cpu_time), daemon=True).start()
+        theirs.close()
+        connections[name].recv()
     times: dict = {name: {"prefill": [], "decode": []} for name in sides}
     for turn in range(repeats + 1):
         # There and back, since it is not the same whom a side comes after.
         for name in sides if turn % 2 else reversed(sides):
             time.sleep(REST)
-            steps = sides[name](ids, tokens + 1)
-            for step in range(tokens + 1):
-                start = clock()
-                next(steps)
-                seconds = clock() - start
-                if turn > 0:  # the first turn warms up
-                    times[name]["decode" if step else "prefill"].append(seconds)
+            connections[name].send((ids, tokens + 1))
+            prefill, *decode = connections[name].recv()
+            if turn > 0:  # the first turn warms up
+                times[name]["prefill"].append(prefill)
+                times[name]["decode"] += decode
+    for connection in connections.values():
+        connection.send(None)
     return {
         name: {phase: statistics.median(values) for phase, values in phases.items()}
         for name, phases in times.items()
@@ -244,14 +280,13 @@ def main():
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
     config = json.loads(args.config.read_text()) if args.config else SMOLLM2
     counts = [int(n) for n in args.streams.split(",")]
     with tempfile.TemporaryDirectory() as work:
         kinds = args.beside.split(",")
         sides = build_sides(config, counts, args.precision, kinds, args.threads, Path(work))
         ids = [n % 1000 for n in range(args.prompt)]
-        results = measure(sides, ids, args.tokens, args.repeats, clock)
+        results = measure(sides, ids, args.tokens, args.repeats, args.cpu_time)
     if args.json:
         print(json.dumps(results))
         return

@@ -21,7 +21,7 @@ SAMPLE_BYTES = 8_000_000  # of text that the tokenizer learns from
 
 
 def prepare(work: Path, plan: Plan) -> None:
-    """Write ``corpus/train``, ``tune`` and ``held-out``, and ``config`` with tokenizer and sizes."""
+    """Write ``corpus`` in its three parts, and ``config`` with tokenizer and sizes."""
     if (work / "config").is_dir():
         return
     shutil.rmtree(work / "corpus", ignore_errors=True)

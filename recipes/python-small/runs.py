@@ -132,6 +132,5 @@ def ring(folder: Path, ranks: int) -> list[dict[str, str]]:
         s.close()
     (folder / "hosts.json").write_text(json.dumps(hosts))
     return [
-        {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")}
-        for rank in range(ranks)
+        {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")} for rank in range(ranks)
     ]
