@@ -1,6 +1,7 @@
 """mlx-lm's generation thread, given requests that know their limits."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from queue import Empty, Queue
@@ -21,6 +22,7 @@ from mlx_lm.server import (
     CompletionRequest,
     GenerationArguments,
     GenerationContext,
+    LogitsProcessorArguments,
     Response,
     ResponseGenerator,
     TimeBudget,
@@ -65,17 +67,25 @@ class Request(CompletionRequest):
 
 
 class PromptCache(LRUPromptCache):
-    """mlx-lm's cache of prompts, which always leaves a token of the prompt to be fed.
+    """mlx-lm's cache of prompts, which always leaves some of the prompt to be fed.
 
-    Without one mlx-lm has nothing to generate from, and its generation thread ends with an error.
+    Without any token mlx-lm has nothing to generate from, and its generation thread ends with an
+    error.
+
+    Attributes:
+        fed: tokens at the prompt's end that are not taken from the cache.
     """
+
+    fed = 1
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]):
         cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is not None and not rest:
-            trim_prompt_cache(cache, 1)
-            rest = tokens[-1:]
-        return cache, rest
+        if cache is None or len(rest) >= self.fed:
+            return cache, rest
+        if self.fed >= len(tokens):
+            return None, tokens
+        trim_prompt_cache(cache, self.fed - len(rest))
+        return cache, tokens[-self.fed :]
 
 
 class AnswerGenerator(ResponseGenerator):
@@ -92,6 +102,7 @@ class AnswerGenerator(ResponseGenerator):
 
     def __init__(self, models: ServedModels):
         self._alone = False
+        self.prompt_cache: PromptCache
         self._taken: Request | None = None
         self._parallel = models.parallel
         self.failure: Exception | None = None
@@ -249,7 +260,20 @@ class AnswerGenerator(ResponseGenerator):
 
     def _serve_single(self, request, stream):
         self._alone = True
+        # Here, unlike in a batch, mlx-lm's penalties know of no token but those that are fed.
+        self.prompt_cache.fed = _looks_back(request[2].logits)
         try:
             super()._serve_single(request, stream)
         finally:
-            self._alone = False
+            self._alone, self.prompt_cache.fed = False, 1
+
+
+def _looks_back(logits: LogitsProcessorArguments) -> int:
+    """How many of the latest tokens decide on the next one's penalties, besides the model."""
+    penalties = [
+        (logits.repetition_penalty, logits.repetition_context_size),
+        (logits.presence_penalty, logits.presence_context_size),
+        (logits.frequency_penalty, logits.frequency_context_size),
+    ]
+    # To mlx-lm a size of 0 is all of them.
+    return max([1, *(size or sys.maxsize for penalty, size in penalties if penalty)])

@@ -159,6 +159,35 @@ def test_seeds_repeat_an_answer(server):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("penalty", ["repetition", "presence", "frequency"])
+def test_penalties_know_what_the_prompt_cache_holds(server, reference, penalty, seed):
+    word = reference.tokenizer.convert_tokens_to_ids("word200")
+    body = {"prompt": [word, *range(10, 19)], "max_tokens": 1, "temperature": 0, "seed": seed}
+    body |= {"logit_bias": {str(word): 40}, f"{penalty}_penalty": 100}
+    for size, said in ((0, False), (10, False), (3, True)):
+        for _ in range(2):
+            answer = post(server, TEXT, body | {f"{penalty}_context_size": size})
+            assert (answer.text() == "word200") == said
+
+
+def test_a_seed_says_all_of_an_answer(server, reference):
+    body = {
+        "prompt": "Once upon a time there was a tiny model",
+        "max_tokens": 10,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "repetition_penalty": 1.1,
+        "seed": 999,
+        "stop": "never said",
+    }
+    answers = [post(server, TEXT, body) for _ in range(2)]
+    assert answers[0].text() == answers[1].text() != ""
+    # The 20 tokens that the penalty looks back on are fed once more.
+    cached = [a.json()["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers]
+    assert cached == [0, len(reference.tokenizer.encode(body["prompt"])) - 20]
+
+
 def test_logprobs_are_those_of_the_model(client, reference):
     answer = client.chat.completions.create(
         model="tiny", messages=HI, max_tokens=6, logprobs=True, top_logprobs=3
@@ -185,6 +214,31 @@ def test_logit_bias_and_penalties(server, reference):
     plain = post(server, CHAT, chat("Hi", max_tokens=60)).text()
     penalised = chat("Hi", max_tokens=60, repetition_penalty=1.8, frequency_penalty=1.0)
     assert post(server, CHAT, penalised).text() != plain
+
+
+def test_a_message_in_parts_is_their_text(server, reference):
+    parts = [{"type": "text", "text": "in "}, {"type": "text", "text": "parts"}]
+    body = chat("") | {"messages": [{"role": "user", "content": parts}]}
+    assert post(server, CHAT, body).text() == reference.chat("in parts")
+
+
+def test_a_conversation_reuses_what_it_began_with(server, reference):
+    first = post(server, CHAT, chat("Tell me a story about"))
+    second = post(server, CHAT, chat("Tell me a story about dragons"))
+    assert first.text() == reference.chat("Tell me a story about")
+    assert second.text() == reference.chat("Tell me a story about dragons")
+    cached = second.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= len(reference.ids("Tell me a story about")) - len(reference.ids(""))
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_a_stream_lives_while_its_prompt_is_read(server, seed):
+    text = f"a long prompt {seed}"
+    answer = post(server, CHAT, chat(text, stream=True, seed=seed))
+    before = answer.body.decode().partition("data: ")[0].split("\n\n")
+    assert len(before) > 1
+    assert all(line.startswith(": keepalive ") for line in before if line)
+    assert b"keepalive" not in post(server, CHAT, chat(text, seed=seed)).body
 
 
 def test_messages_of_parts_and_of_tools(server):
