@@ -155,11 +155,29 @@ def open_models(
             model, _ = load(folder, adapter_path=adapter, parallel=parallel)
         elif adapter is not None:
             model = with_streams(backbone, load_adapter(adapter, backbone=folder))
-        # What the model computes once and keeps (tables of its rotary embedding) is computed here,
-        # not on the thread that generates.
-        mx.eval(model.parameters(), model(mx.array([[0]]), cache=model.make_cache()))
+        _warm_up(model)
         models[count] = model
     return models, load_tokenizer(folder, config)
+
+
+def load_draft(path_or_name: str | Path, tokenizer: TokenizerWrapper) -> Model:
+    """Load a model that drafts for another in speculative decoding.
+
+    Args:
+        tokenizer: the other's.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``load``.
+        ValueError: the two have different vocabularies.
+    """
+    draft, own = load(path_or_name)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"--draft-model {path_or_name}: its vocabulary of {own.vocab_size} tokens is not the "
+            f"model's of {tokenizer.vocab_size}"
+        )
+    _warm_up(draft)
+    return draft
 
 
 def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
@@ -271,6 +289,12 @@ def identity(folder: Path, adapter: str | Path | None = None) -> dict[str, str]:
         "configuration or tokenizer": settings.hexdigest(),
         "adapter": digest(adapters),
     }
+
+
+def _warm_up(model: Model) -> None:
+    # What a model computes once and keeps (tables of its rotary embedding) is computed here, not on
+    # a thread that generates.
+    mx.eval(model.parameters(), model(mx.array([[0]]), cache=model.make_cache()))
 
 
 def _pick(found: dict[int, Path | None], streams: int) -> Path | None:

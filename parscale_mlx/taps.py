@@ -53,6 +53,8 @@ class StreamTap:
         self.last: mx.array | None = None
         self.before: mx.array | None = None
         self.row = 0
+        # Tokens that a draft model gives at a time, all checked by one call of this model.
+        self.drafted = 0
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -61,7 +63,9 @@ class StreamTap:
         logits, weights = self.model.logits_and_weights(inputs, cache)
         self.before, self.last, self.row = self.last, None, 0
         # Nobody asks for a prefill's, and they would keep the whole chunk's graph alive.
-        if inputs.shape[1] == 1:
+        if self.drafted and inputs.shape[1] <= self.drafted + 1:
+            self.last = weights[0]
+        elif inputs.shape[1] == 1:
             self.last = weights[:, -1]
             for row, tap in enumerate(self.newborn):
                 tap.pending = self.last, row
@@ -69,7 +73,7 @@ class StreamTap:
         return logits
 
     def take(self) -> tuple[mx.array | None, int]:
-        """The last step's weights [B, P], and the next row of them."""
+        """The last step's weights [B, P], and the next row of them; with a draft, of its tokens."""
         self.row += 1
         return self.last, self.row - 1
 
@@ -111,9 +115,13 @@ class RowTap:
 
     def advance(self, token: int) -> bool:
         """Take the answer's next token; returns whether the answer ends with it."""
-        # Alone there is no first step to be born in, but generation is always one step ahead.
-        weights, row = self.pending or (self.tap.before, 0)
-        self.pending = self.tap.take()
+        # Alone there is no first step to be born in, but generation is always one step ahead,
+        # unless it checks a draft.
+        if self.tap.drafted:
+            weights, row = self.tap.take()
+        else:
+            weights, row = self.pending or (self.tap.before, 0)
+            self.pending = self.tap.take()
         ended = token in self.end_tokens
         if ended:
             text = self.rest()

@@ -1,6 +1,6 @@
 """Generation in MLX: one answer as a stream, or several prompts as one continuous batch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 
 from parscale_mlx import load, prompt_cache, stream_generate
 from parscale_mlx.default_model import default_model_folder
-from parscale_mlx.load import find_adapter, find_folder, identity
+from parscale_mlx.load import find_adapter, find_folder, identity, load_draft
 from parscale_mlx.ranks import check_same, check_same_input
 from parscale_mlx.streams import StreamRecorder
 
@@ -79,12 +79,7 @@ class MlxRuntime:
             draft_folder = find_folder(draft_model)
             if self.model.parallel is not None:
                 check_same(self.model.parallel.group, identity(draft_folder))
-            draft, draft_tokenizer = load(draft_folder)
-            if draft_tokenizer.vocab_size != self.tokenizer.vocab_size:
-                raise ValueError(
-                    f"--draft-model {draft_model}: its vocabulary of {draft_tokenizer.vocab_size} "
-                    f"tokens is not the model's of {self.tokenizer.vocab_size}"
-                )
+            draft = load_draft(draft_folder, self.tokenizer)
             self.options |= {"draft_model": draft, "num_draft_tokens": num_draft_tokens}
 
     def require_streams(self) -> None:
@@ -151,13 +146,19 @@ def answer_one(
     # mlx-lm prefills all but the last token, a chunk a call, before the calls that give tokens.
     prefill_calls = ceil((len(ids) - 1) / PREFILL_STEP)
     subject: Any = StreamRecorder(model, skip=prefill_calls) if with_streams else model
+    choosing = _choosing(sampling)
+    if "draft_model" in options:
+        choosing["logits_processors"] = [
+            _after(mx.array(ids[:-1], mx.uint32), penalty)
+            for penalty in choosing["logits_processors"]
+        ]
     responses = stream_generate(
         subject,
         tokenizer,
         ids,
         max_tokens=sampling.max_tokens,
         prefill_step_size=PREFILL_STEP,
-        **_choosing(sampling),
+        **choosing,
         **options,
     )
     for step, response in enumerate(responses):
@@ -205,6 +206,11 @@ def answer_batch(model, tokenizer, prompts: list[list[int]], sampling: Sampling)
                 yield Piece(order[uid], ready, response.token, finish)
     finally:
         generator.close()
+
+
+def _after(before: mx.array, penalty: Callable) -> Callable:
+    """A penalty on tokens that follow others: with a draft, mlx-lm leaves the prompt's out."""
+    return lambda tokens, logits: penalty(mx.concatenate([before, tokens]), logits)
 
 
 def _choosing(sampling: Sampling) -> dict:

@@ -89,6 +89,19 @@ KEY = "PARSCALE_API_KEY"
     help="Web pages that may call, as https://example.org or *; may be given several times.",
 )
 @click.option(
+    "--draft-model",
+    metavar="DIR|NAME|NAME:pP",
+    help="A model for speculative decoding, or one of those served. Answers then come one at a "
+    "time, not in a batch.",
+)
+@click.option(
+    "--num-draft-tokens",
+    type=click.IntRange(1, 64),
+    default=3,
+    show_default=True,
+    help="Tokens to draft at a time, where a request does not say.",
+)
+@click.option(
     "--prompt-cache-size",
     type=click.IntRange(0),
     default=10,
@@ -111,7 +124,8 @@ KEY = "PARSCALE_API_KEY"
 )  # fmt: skip
 @parallel_option
 def serve(
-    model, adapters, streams, name, host, port, origins, log_level, temp, parallel, **limits
+    model, adapters, streams, name, host, port, origins, log_level, temp, parallel, draft_model,
+    **limits
 ):  # fmt: skip
     """Serve a model over HTTP as OpenAI's API, and a page to chat on at /.
 
@@ -123,10 +137,12 @@ def serve(
         raise click.UsageError(f"the API key (--api-key or {KEY}) is empty")
     if name is not None and (not name or ":" in name):
         raise click.UsageError(f"--name {name!r}: a name without a colon, which precedes pP")
+    if parallel is not None and draft_model is not None:
+        raise click.UsageError("--draft-model cannot go with --parallel here")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
     from parscale_mlx.default_model import default_model_folder
-    from parscale_mlx.load import find_adapters, find_folder, open_models
+    from parscale_mlx.load import find_adapters, find_folder, load_draft, open_models
     from parscale_mlx.ranks import check_same
     from parscale_mlx.serve.models import ServedModels
     from parscale_mlx.serve.server import follow, open_server, serve_until_signalled
@@ -136,8 +152,11 @@ def serve(
     settings = Settings(temperature=temp, allowed_origins=origins, **limits)
     only = () if parallel is None else (streams or max(find_adapters(folder, adapters)),)
     models, tokenizer = open_models(folder, adapters, only, parallel=parallel)
+    name, draft = name or _name(model, folder), draft_model
+    if draft_model is not None and draft_model not in {f"{name}:p{n}" for n in models}:
+        draft = load_draft(draft_model, tokenizer)
     served = ServedModels(
-        models, tokenizer, name=name or _name(model, folder), settings=settings, streams=streams
+        models, tokenizer, name=name, settings=settings, streams=streams, draft=draft
     )
     if served.parallel is not None:
         check_same(served.parallel.group, served.facts())

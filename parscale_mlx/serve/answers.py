@@ -87,6 +87,13 @@ class PromptCache(LRUPromptCache):
         trim_prompt_cache(cache, self.fed - len(rest))
         return cache, tokens[-self.fed :]
 
+    def insert_cache(self, model: Any, tokens: list[int], prompt_cache: list, **options):
+        *_, draft = model
+        if draft is not None:
+            # An answer's last tokens are not all in both models' caches.
+            tokens = tokens[: _level(prompt_cache)]
+        super().insert_cache(model, tokens, prompt_cache, **options)
+
 
 class AnswerGenerator(ResponseGenerator):
     """Generates answers on a thread of its own, in one continuous batch a model.
@@ -258,14 +265,27 @@ class AnswerGenerator(ResponseGenerator):
         )
         return row, make_text_state_machine(tokenizer)
 
+    def _is_batchable(self, args):
+        # mlx-lm looks at the model that was used last.
+        return args.model.draft is None and super()._is_batchable(args)
+
     def _serve_single(self, request, stream):
-        self._alone = True
+        self._alone, tap, args = True, self.model_provider.model, request[2]
+        tap.drafted = args.num_draft_tokens if args.model.draft is not None else 0
         # Here, unlike in a batch, mlx-lm's penalties know of no token but those that are fed.
-        self.prompt_cache.fed = _looks_back(request[2].logits)
+        self.prompt_cache.fed = _looks_back(args.logits)
         try:
             super()._serve_single(request, stream)
         finally:
-            self._alone, self.prompt_cache.fed = False, 1
+            self._alone, self.prompt_cache.fed, tap.drafted = False, 1, 0
+
+
+def _level(caches: list) -> int:
+    """Trim caches, some of which hold a prefix, to equally many tokens; returns how many."""
+    held = [cache.offset - getattr(cache, "prefix_length", 0) for cache in caches]
+    for cache, tokens in zip(caches, held, strict=True):
+        cache.trim(tokens - min(held))
+    return min(held)
 
 
 def _looks_back(logits: LogitsProcessorArguments) -> int:

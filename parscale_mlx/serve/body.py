@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 PATHS = {CHAT: CHAT, "/chat/completions": CHAT, TEXT: TEXT}
+MAX_DRAFT_TOKENS = 64
 NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
     "top_p": (0, 1),
@@ -26,12 +27,14 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "xtc_probability": (0, 1),
     "xtc_threshold": (0, 0.5),
 }
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 INTEGERS: dict[str, tuple[int, int]] = {
     "top_logprobs": (0, 11),
     "repetition_context_size": (0, 1 << 20),
     "presence_context_size": (0, 1 << 20),
     "frequency_context_size": (0, 1 << 20),
     "seed": (0, (1 << 63) - 1),
+    "num_draft_tokens": (0, MAX_DRAFT_TOKENS),
 }
 # Fields of which only one value is served.
 ONLY: dict[str, Any] = {
@@ -39,7 +42,6 @@ ONLY: dict[str, Any] = {
     "best_of": 1,
     "echo": False,
     "suffix": "",
-    "draft_model": "default_model",
     "adapters": None,
     "response_format": {"type": "text"},
 }
@@ -89,6 +91,7 @@ def check(body: dict[str, Any], path: str, models: ServedModels) -> dict[str, An
     for name, (least, most) in limits.items():
         if name in body:
             _integer(body, name, least, most)
+    body["draft_model"] = _draft(body, models)
     for name in ("stream", "stream_weights"):
         body[name] = _typed(body, name, bool, "true or false") or False
     if "seed" in body and models.parallel is not None:
@@ -98,6 +101,14 @@ def check(body: dict[str, Any], path: str, models: ServedModels) -> dict[str, An
     options = _typed(body, "stream_options", dict, "an object") or {}
     body["stream_options"] = {"include_usage": options.get("include_usage") is True}
     return _chat(body) if path == CHAT else _text(body, models.vocabulary)
+
+
+def _draft(body: dict[str, Any], models: ServedModels) -> str | None:
+    draft = models.resolve_draft(_typed(body, "draft_model", str, "a string"), body["model"])
+    # mlx-lm's penalties do not see the prompt where it decodes speculatively.
+    if body.get("num_draft_tokens") == 0 or any(body.get(name) for name in PENALTIES):
+        return None
+    return draft
 
 
 def _chat(body: dict[str, Any]) -> dict[str, Any]:

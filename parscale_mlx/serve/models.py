@@ -14,6 +14,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 PREFILL_STEP = 2048
 PROMPTS_AT_ONCE = 8
+# What mlx-lm's clients call the model that the server was started with, and its draft.
+DEFAULT = "default_model"
 
 
 class ServedModels(ModelProvider):
@@ -24,6 +26,8 @@ class ServedModels(ModelProvider):
             other processes.
         name: what clients call the model; ``NAME:pP`` is the one with P streams.
         streams: those of the model behind ``name`` alone; by default the most that there are.
+        draft: what drafts for the others in speculative decoding where a request does not say: a
+            model, or the full name of one of these.
 
     Raises:
         ValueError: there is no model of so many streams.
@@ -37,6 +41,7 @@ class ServedModels(ModelProvider):
         name: str,
         settings: Settings,
         streams: int | None = None,
+        draft: Model | str | None = None,
     ):
         super().__init__(_mlx_lm_arguments(settings))
         self.taps = {f"{name}:p{n}": StreamTap(model) for n, model in models.items()}
@@ -49,7 +54,12 @@ class ServedModels(ModelProvider):
             raise ValueError(f"no model or adapter here has {streams} streams, only {there}")
         self.parallel: Parallel | None = next(iter(models.values())).parallel
         self.default = f"{name}:p{streams or max(models)}"
-        self.aliases = {name: self.default, "default_model": self.default}
+        self.aliases = {name: self.default, DEFAULT: self.default}
+        self.drafts = {full: tap.model for full, tap in self.taps.items()}
+        if isinstance(draft, str):
+            self.drafts[DEFAULT] = self.drafts[draft]
+        elif draft is not None:
+            self.drafts[DEFAULT] = draft
 
     @property
     def names(self) -> list[str]:
@@ -75,6 +85,25 @@ class ServedModels(ModelProvider):
             )
         return full
 
+    def resolve_draft(self, name: str | None, model: str) -> str | None:
+        """What drafts for a model in a request; None if nothing does.
+
+        Args:
+            name: as the request has it.
+            model: its full name.
+
+        Raises:
+            RequestFailed: there is no such model here.
+        """
+        if name is None or name == DEFAULT:
+            full = DEFAULT if DEFAULT in self.drafts else model
+        else:
+            full = self.aliases.get(name, name)
+        if full not in self.drafts:
+            names = ", ".join(self.names)
+            raise RequestFailed(400, f"draft_model: no model {name!r} here, only {names}")
+        return None if self.drafts[full] is self.drafts[model] else full
+
     def load_default(self):
         self.load(self.default)
 
@@ -83,7 +112,8 @@ class ServedModels(ModelProvider):
         # mlx-lm's attributes are typed by the None they begin with.
         self.model: Any = self.taps[model_path]
         self.tokenizer: Any = self.shared_tokenizer
-        self.model_key: Any = (model_path,)
+        self.draft_model: Any = draft_model_path and self.drafts[draft_model_path]
+        self.model_key: Any = (model_path, draft_model_path)
         self.is_batchable = True
         return self.model, self.tokenizer
 
@@ -94,7 +124,7 @@ def _mlx_lm_arguments(settings: Settings) -> Namespace:
         model=None,
         adapter_path=None,
         draft_model=None,
-        num_draft_tokens=0,
+        num_draft_tokens=settings.num_draft_tokens,
         trust_remote_code=False,
         chat_template="",
         chat_template_args={},

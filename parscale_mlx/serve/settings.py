@@ -17,6 +17,7 @@ class Settings:
         api_key: what clients have to send as their bearer token, if anything.
         allowed_origins: web pages of other origins that may call, as their ``Origin`` header says;
             "*" for all.
+        num_draft_tokens: tokens that a draft model gives at a time, where a request does not say.
         prompt_cache_size: prompts and answers whose KV caches are kept for requests to come.
         prompt_cache_bytes: for all of them.
     """
@@ -29,5 +30,6 @@ class Settings:
     temperature: float = 0.0
     api_key: str | None = None
     allowed_origins: tuple[str, ...] = ()
+    num_draft_tokens: int = 3
     prompt_cache_size: int = 10
     prompt_cache_bytes: int = 4 << 30

@@ -19,10 +19,11 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @contextmanager
-def serving(opened, *, name="tiny", **settings):
+def serving(opened, *, name="tiny", draft=None, **settings):
     """A server on a free loopback port over what ``open_models`` gave."""
     models, tokenizer = opened
-    served = ServedModels(models, tokenizer, name=name, settings=Settings(**settings))
+    limits = Settings(**settings)
+    served = ServedModels(models, tokenizer, name=name, settings=limits, draft=draft)
     with open_server(served, "127.0.0.1", 0) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

@@ -165,6 +165,15 @@ def test_speculative_decoding_gives_the_same_text(parscale, model, plain_model, 
         assert tokens_of(result) == reference("Hi", 9)[0]
 
 
+@pytest.mark.parametrize("penalty", ["repetition", "presence", "frequency"])
+def test_penalties_go_with_a_draft(parscale, model, plain_model, penalty):
+    run = ("generate", "--model", model, "-n", 16, "--json", f"--{penalty}-penalty", 2,
+           "-p", "word141 word183 word278 word155")  # fmt: skip
+    expected = tokens_of(parscale(*run))
+    for draft in (model, plain_model):
+        assert tokens_of(parscale(*run, "--draft-model", draft)) == expected
+
+
 def test_without_the_chat_template(parscale, model, plain_model):
     result = parscale("generate", "--model", model, "-p", "Hi", "-n", 3, "--json",
                       "--no-chat-template")  # fmt: skip

@@ -68,6 +68,18 @@ def test_curl(backbone, adapter):
     assert "data: [DONE]" in events
 
 
+@pytest.mark.parametrize("draft", ["mine:p1", "a folder"])
+def test_a_draft(backbone, adapter, model, draft):
+    arguments = ("--model", backbone, "--adapter", adapter, "--name", "mine", "--draft-model")
+    texts = []
+    with process(*arguments, model if draft == "a folder" else draft) as (_, line):
+        for drafted in (0, 2):
+            connection = connect(line)
+            connection.request("POST", CHAT, json.dumps(chat("Hi", num_draft_tokens=drafted)))
+            texts.append(json.load(connection.getresponse())["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1] != ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_running_answers_finish(backbone, adapter, number):
     arguments = ("--model", backbone, "--adapter", adapter, "--name", "mine", "--streams", 1)

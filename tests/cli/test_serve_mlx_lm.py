@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import TestCase, skip
 
-from parscale_mlx.load import open_models
+from parscale_mlx.load import load_draft, open_models
 
 import pytest
 from serving import serving
@@ -50,12 +50,19 @@ def their_tests(name: str) -> type[TestCase]:
 
 @pytest.fixture(scope="class")
 def server(request, model):
-    # Their requests ask for default_model and for chat_model.
-    with serving(open_models(model, []), name="chat_model") as server:
+    # Their requests ask for default_model and for chat_model; their draft is the model itself.
+    opened = open_models(model, [])
+    draft = load_draft(model, opened[1]) if request.cls.drafted else None
+    with serving(opened, name="chat_model", draft=draft) as server:
         request.cls.port = server.server_port
         yield
 
 
 @pytest.mark.usefixtures("server")
 class TestServer(their_tests("TestServer")):  # type: ignore[misc]
-    pass
+    drafted = False
+
+
+@pytest.mark.usefixtures("server")
+class TestServerWithDraftModel(their_tests("TestServerWithDraftModel")):  # type: ignore[misc]
+    drafted = True
