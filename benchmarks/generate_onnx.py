@@ -4,9 +4,11 @@
 
 All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
 in one run, so that what else the machine does touches all of them. Each is a process of its own,
-since where one's weights lie in memory depends on what was loaded before. Times are medians; ratios
-are to the first side. Where other programs want the same cores, --threads 1 --cpu-time measures the
-processor's time instead. Beside our fused graphs run:
+since where one's weights lie in memory depends on what was loaded before; and since even then the
+same graph runs up to a tenth faster or slower from one start to the next, --restarts starts all of
+them several times. Times are medians over all; ratios are to the first side. Where other programs
+want the same cores, --threads 1 --cpu-time measures the processor's time instead. Beside our fused
+graphs run:
 
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
   go through the host on every step;
@@ -235,28 +237,41 @@ def serve_side(make: Callable[[], Side], connection, cpu_time: bool) -> None:
         connection.send(seconds)
 
 
+def start(make: Callable[[], Side], cpu_time: bool):
+    """A side's process, once it has loaded: where to send it turns."""
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    context.Process(target=serve_side, args=(make, theirs, cpu_time), daemon=True).start()
+    theirs.close()
+    connection.recv()
+    return connection
+
+
 def measure(
-    sides: dict[str, Callable[[], Side]], ids: list[int], tokens: int, repeats: int, cpu_time: bool
+    sides: dict[str, Callable[[], Side]],
+    ids: list[int],
+    tokens: int,
+    *,
+    repeats: int,
+    restarts: int,
+    cpu_time: bool,
 ) -> dict:
     """Median seconds of a prefill and of one decoded token, the sides taking turns."""
-    connections, context = {}, multiprocessing.get_context("spawn")
-    for name, make in sides.items():
-        connections[name], theirs = context.Pipe()
-        context.Process(target=serve_side, args=(make, theirs, cpu_time), daemon=True).start()
-        theirs.close()
-        connections[name].recv()
     times: dict = {name: {"prefill": [], "decode": []} for name in sides}
-    for turn in range(repeats + 1):
+    for first in range(restarts):
         # There and back, since it is not the same whom a side comes after.
-        for name in sides if turn % 2 else reversed(sides):
-            time.sleep(REST)
-            connections[name].send((ids, tokens + 1))
-            prefill, *decode = connections[name].recv()
-            if turn > 0:  # the first turn warms up
-                times[name]["prefill"].append(prefill)
-                times[name]["decode"] += decode
-    for connection in connections.values():
-        connection.send(None)
+        names = [list(sides), list(reversed(sides))]
+        processes = {name: start(sides[name], cpu_time) for name in names[first % 2]}
+        for turn in range(repeats + 1):
+            for name in names[turn % 2]:
+                time.sleep(REST)
+                processes[name].send((ids, tokens + 1))
+                prefill, *decode = processes[name].recv()
+                if turn > 0:  # the first turn warms up
+                    times[name]["prefill"].append(prefill)
+                    times[name]["decode"] += decode
+        for process in processes.values():
+            process.send(None)
     return {
         name: {phase: statistics.median(values) for phase, values in phases.items()}
         for name, phases in times.items()
@@ -271,6 +286,7 @@ def main():
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
     parser.add_argument("--repeats", type=int, default=6, help="measured turns (default 6)")
+    parser.add_argument("--restarts", type=int, default=1, help="start all anew so often")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
     parser.add_argument(
         "--cpu-time", action="store_true", help="measure the processor's time, not the clock's"
@@ -286,7 +302,14 @@ def main():
         kinds = args.beside.split(",")
         sides = build_sides(config, counts, args.precision, kinds, args.threads, Path(work))
         ids = [n % 1000 for n in range(args.prompt)]
-        results = measure(sides, ids, args.tokens, args.repeats, args.cpu_time)
+        results = measure(
+            sides,
+            ids,
+            args.tokens,
+            repeats=args.repeats,
+            restarts=args.restarts,
+            cpu_time=args.cpu_time,
+        )
     if args.json:
         print(json.dumps(results))
         return

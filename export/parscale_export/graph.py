@@ -307,12 +307,16 @@ def _head(b: Builder, x: ir.Value) -> ir.Value:
     module = "model.embed_tokens" if tied else "lm_head"
     if not tied or b.options.head_precision in BITS:
         return b.linear(x, [module], vocab, d, b.options.head_precision)
-    # Gemm reads the embedding's own rows, so that the file holds them once.
+    # Both ways read the embedding's own rows, so that the file holds them once.
     table = b.tensor(
         b.weights.floats(
             f"{module}.weight", (vocab, d), lambda: b.weights.array([f"{module}.weight"])
         )
     )
+    if (b.options.ops, b.options.activations) == ("fused", "fp32"):
+        # GroupQueryAttention has float32 on the CPU only. There a MatMul is faster, and onnxruntime
+        # transposes once, when it loads; on a GPU that would be a second copy for good.
+        return b("MatMul", x, b("Transpose", table, perm=[1, 0]))
     shape = b("Concat", b("Shape", x, start=0, end=2), b.constant([vocab]), axis=0)
     return b("Reshape", b("Gemm", b("Reshape", x, b.constant([-1, d])), table, transB=1), shape)
 

@@ -23,15 +23,9 @@ class Cache:
     def __init__(self, model: "OnnxModel", buffers: Buffers):
         self.model, self.pasts = model, buffers
         self.binding = model.session.io_binding()
-        self.run_options = run_options(NOT_CAPTURED if model.cuda_graph else None)
-        # onnxruntime gives outputs back in the order in which they were first bound.
-        self._bind_outputs()
+        self.run_options = run_options(NOT_CAPTURED)
         if model.shares_buffer:
             bind_buffers(self.binding, model, buffers)
-
-    def _bind_outputs(self) -> None:
-        for name in self.model.outputs:
-            self.binding.bind_output(name, "cpu")
 
     def step(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         """Feed tokens [B, L] under the mask [B, past + L]; logits, and streams' weights if any."""
@@ -40,18 +34,19 @@ class Cache:
         ids, mask = np.ascontiguousarray(ids), np.ascontiguousarray(mask)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
-        self._bind_outputs()
-        if not model.shares_buffer:
+        results = bind_results(binding, model, ids.shape[0], ids.shape[1], ("cpu", 0))
+        if model.shares_buffer:
+            model.session.run_with_iobinding(binding, self.run_options)
+        else:
             for past, value in zip(model.pasts, self.pasts, strict=True):
                 binding.bind_ortvalue_input(past, value)
             for present in model.presents:
                 binding.bind_output(present, *model.device)
-        model.session.run_with_iobinding(binding, self.run_options)
-        values = binding.get_outputs()
-        count = len(model.outputs)
-        if not model.shares_buffer:
-            self.pasts = values[count:]
-        return [value.numpy() for value in values[:count]]
+            model.session.run_with_iobinding(binding, self.run_options)
+            # Only here, since it makes an object for each output of each layer. They come in the
+            # order in which they were first bound.
+            self.pasts = binding.get_outputs()[len(results) :]
+        return [value.numpy() for value in results]
 
 
 class FixedSteps:
@@ -77,12 +72,7 @@ class FixedSteps:
         )
         self.binding.bind_ortvalue_input("input_ids", self.ids)
         self.binding.bind_ortvalue_input("attention_mask", self.mask)
-        self.results = [
-            ort.OrtValue.ortvalue_from_shape_and_type([batch, 1, width], np.float32, *model.device)
-            for width in model.output_widths
-        ]
-        for name, value in zip(model.outputs, self.results, strict=True):
-            self.binding.bind_ortvalue_output(name, value)
+        self.results = bind_results(self.binding, model, batch, 1, model.device)
         bind_buffers(self.binding, model, buffers)
 
     def step(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
@@ -95,6 +85,20 @@ class FixedSteps:
         return [value.numpy() for value in self.results]
 
 
+def bind_results(
+    binding: ort.IOBinding, model: "OnnxModel", batch: int, tokens: int, device: tuple[str, int]
+) -> Buffers:
+    """Memory for what a step gives besides the cache: float32 [batch, tokens or 1, width] each."""
+    rows = tokens if model.all_logits else 1
+    results = [
+        ort.OrtValue.ortvalue_from_shape_and_type([batch, rows, width], np.float32, *device)
+        for width in model.output_widths
+    ]
+    for name, value in zip(model.outputs, results, strict=True):
+        binding.bind_ortvalue_output(name, value)
+    return results
+
+
 def bind_buffers(binding: ort.IOBinding, model: "OnnxModel", buffers: Buffers) -> None:
     """Let past and present of every layer be one buffer."""
     for past, present, value in zip(model.pasts, model.presents, buffers, strict=True):
@@ -102,10 +106,13 @@ def bind_buffers(binding: ort.IOBinding, model: "OnnxModel", buffers: Buffers) -
         binding.bind_ortvalue_output(present, value)
 
 
-def run_options(graph_id: str | None) -> ort.RunOptions:
-    """Options of a run, with the name of the CUDA graph that it records or replays."""
+def run_options(graph_id: str) -> ort.RunOptions:
+    """Options of a run, with the name of the CUDA graph that it records or replays.
+
+    Also where there are no such graphs: onnxruntime asks in every run, and raises an exception of
+    its own where no name is set.
+    """
     options = ort.RunOptions()
     options.log_severity_level = 4
-    if graph_id is not None:
-        options.add_run_config_entry("gpu_graph_id", graph_id)
+    options.add_run_config_entry("gpu_graph_id", graph_id)
     return options
