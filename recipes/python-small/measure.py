@@ -1,7 +1,8 @@
 """Held-out loss of everything that was trained, with confidence intervals, as table and picture.
 
-The interval is a bootstrap over held-out files, since tokens of one file go together. Differences
-to the backbone are paired: the same files for both sides. Seeds are averaged file by file.
+The interval is a bootstrap over held-out files, since tokens of one file go together, and over
+seeds. Differences are paired: the same files for both sides, and P streams beside one stream that
+was trained alike: the backbone itself, or the whole model trained on without streams.
 """
 
 import json
@@ -15,6 +16,7 @@ from parscale_mlx.training.documents import Document, read_documents
 from parscale_mlx.training.step import summed_loss
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from plan import Plan
 from runs import stage_two
@@ -27,7 +29,9 @@ def measure(work: Path, plan: Plan) -> None:
     folder = work / "runs" / "backbone" / "model"
     backbone, _ = parscale_mlx.load_model(folder)
     files = held_out(work, plan, folder)
+    counts = np.array([count([file]) for file in files])
     losses: dict[str, list] = {"backbone": [file_losses(backbone, files)]}
+    parts: dict[str, list[dict]] = {}
     for run in stage_two(work, plan):
         if run.train_all:
             model, _ = parscale_mlx.load_model(run.result)
@@ -35,15 +39,17 @@ def measure(work: Path, plan: Plan) -> None:
             model = with_streams(backbone, load_adapter(run.result, backbone=folder))
         name = f"{'whole model' if run.train_all else 'streams only'}, P={run.streams}"
         losses.setdefault(name, []).append(file_losses(model, files))
-        print(f"{run.folder.name}: {np.sum(losses[name][-1]) / count(files):.4f}", flush=True)
-    counts = np.array([count([file]) for file in files])
-    results = summarise({k: np.mean(v, axis=0) for k, v in losses.items()}, counts)
-    for name, each in losses.items():
-        results[name]["seeds"] = [float(np.sum(one) / counts.sum()) for one in each]
+        if run.streams > 1:
+            parts.setdefault(name, []).append(streams_apart(model, files))
+        print(f"{run.folder.name}: {losses[name][-1].sum() / counts.sum():.4f}", flush=True)
+    results = summarise({k: np.stack(v) for k, v in losses.items()}, counts)
+    for name, each in parts.items():
+        for part in each[0]:
+            results[name][part] = float(np.mean([one[part] for one in each]))
     (work / "results.json").write_text(json.dumps(results, indent=4) + "\n")
     what = (
         f"Stage 1: {plan.pretrain_tokens:,} tokens, stage 2: {plan.stream_tokens:,} tokens each, "
-        f"{len(plan.seeds)} seeds"
+        f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"
     )
     (work / "results.md").write_text(table(results, what, counts))
     draw(results, work / "results.png")
@@ -88,25 +94,70 @@ def file_losses(model: parscale_mlx.Model, files: list[list[Document]]) -> np.nd
     return np.array(sums)
 
 
+def streams_apart(model: parscale_mlx.Model, files: list[list[Document]]) -> dict[str, float]:
+    """What the parts of a model with streams do by themselves, in nats a token.
+
+    Returns:
+        ``best_alone``: the loss with the one stream that is best alone; ``even``: with all streams
+        weighed alike; ``apart``: how far a stream's prediction is from that of the even mixture,
+        as the mean Kullback-Leibler divergence.
+    """
+    streams, head = model.args.parscale_n, model.model.embed_tokens.as_linear
+    alone, even, apart = np.zeros(streams), 0.0, 0.0
+    for file in files:
+        for n in range(0, len(file), 4):
+            tokens, counts = (mx.array(a) for a in make_batch(file[n : n + 4]))
+            h = model.model(tokens[:, :-1])
+            of_stream = [nn.log_softmax(head(h[:, p])) for p in range(streams)]
+            of_all = nn.log_softmax(head(h.mean(axis=1)))
+            target = tokens[:, 1:, None]
+
+            def loss(log_p, target=target, counts=counts):
+                return -(mx.take_along_axis(log_p, target, axis=-1)[..., 0] * counts).sum()
+
+            alone += np.array([loss(log_p).item() for log_p in of_stream])
+            even += loss(of_all).item()
+            for log_p in of_stream:
+                divergence = (mx.exp(log_p) * (log_p - of_all)).sum(axis=-1)
+                apart += (divergence * counts).sum().item() / streams
+    total = count(files)
+    return {"best_alone": alone.min() / total, "even": even / total, "apart": apart / total}
+
+
 def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, dict]:
-    """Mean loss a token and its difference to the backbone's, each with its interval."""
+    """Mean loss a token and its difference to one stream's, each with its interval.
+
+    Args:
+        losses: for each model, the summed losses of each seed's run, [seeds, files].
+        counts: predictions in each file.
+    """
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(counts), (RESAMPLES, len(counts)))
     tail = (100 - LEVEL) / 2
 
-    def interval(values: np.ndarray) -> list[float]:
-        means = values[picks].sum(axis=1) / counts[picks].sum(axis=1)
+    def resampled(values: np.ndarray) -> np.ndarray:
+        """The mean of each resampling of files, and of seeds, [RESAMPLES]."""
+        shares = rng.multinomial(len(values), [1 / len(values)] * len(values), RESAMPLES)
+        files = np.take_along_axis(shares @ values / len(values), picks, axis=1)
+        return files.sum(axis=1) / counts[picks].sum(axis=1)
+
+    def interval(means: np.ndarray) -> list[float]:
         return [float(x) for x in np.percentile(means, [tail, 100 - tail])]
 
-    return {
-        name: {
-            "loss": float(values.sum() / counts.sum()),
-            "loss_interval": interval(values),
-            "difference": float((values - losses["backbone"]).sum() / counts.sum()),
-            "difference_interval": interval(values - losses["backbone"]),
+    results = {}
+    for name, values in losses.items():
+        one_stream = losses.get(name.partition(",")[0] + ", P=1", losses["backbone"])
+        seeds = values.sum(axis=1) / counts.sum()
+        results[name] = {
+            "loss": float(seeds.mean()),
+            "loss_interval": interval(resampled(values)),
+            "difference": float(seeds.mean() - one_stream.mean(axis=0).sum() / counts.sum()),
+            "difference_interval": interval(resampled(values) - resampled(one_stream))
+            if values is not one_stream
+            else [0.0, 0.0],
+            "seeds": seeds.tolist(),
         }
-        for name, values in losses.items()
-    }
+    return results
 
 
 def table(results: dict[str, dict], what: str, counts: np.ndarray) -> str:
@@ -118,22 +169,24 @@ def table(results: dict[str, dict], what: str, counts: np.ndarray) -> str:
     """
     lines = [
         f"{what}. Held-out loss in nats a token, over {counts.sum():,} tokens of {len(counts)} "
-        f"files; {LEVEL} % intervals by bootstrap over files.",
+        f"files; {LEVEL} % intervals by bootstrap over files and seeds.",
         "",
-        "| model | loss | interval | against the backbone | interval |",
-        "| --- | --- | --- | --- | --- |",
+        "| model | loss | interval | against P=1 | interval | best stream alone | even weights |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, r in sorted(results.items(), key=lambda item: (item[0] != "backbone", item[0])):
+        parts = [f"{r[part]:.4f}" if part in r else "" for part in ("best_alone", "even")]
         lines.append(
             f"| {name} | {r['loss']:.4f} | {r['loss_interval'][0]:.4f} to "
             f"{r['loss_interval'][1]:.4f} | {r['difference']:+.4f} | "
-            f"{r['difference_interval'][0]:+.4f} to {r['difference_interval'][1]:+.4f} |"
+            f"{r['difference_interval'][0]:+.4f} to {r['difference_interval'][1]:+.4f} | "
+            f"{' | '.join(parts)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def draw(results: dict[str, dict], file: Path) -> None:
-    """The differences to the backbone over P, with their intervals."""
+    """The differences to one stream over P, with their intervals."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -153,6 +206,6 @@ def draw(results: dict[str, dict], file: Path) -> None:
     axes.set_xticks(sorted({1, *(int(k.rpartition("=")[2]) for k in results if "=" in k)}))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_xlabel("streams P")
-    axes.set_ylabel("held-out loss against the backbone (nats a token)")
+    axes.set_ylabel("held-out loss against one stream (nats a token)")
     axes.legend()
     figure.savefig(file, dpi=150)

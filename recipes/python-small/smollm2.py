@@ -59,10 +59,10 @@ def measure(work: Path, plan: Plan, streams: tuple[int, ...]) -> None:
     folder = smollm2_folder()
     backbone, _ = parscale_mlx.load_model(folder)
     files = held_out(work, plan, folder)
-    losses = {"backbone": file_losses(backbone, files)}
+    losses = {"backbone": file_losses(backbone, files)[None]}
     for n in streams:
         adapter = load_adapter(work / "runs" / f"p{n}" / "adapter", backbone=folder)
-        losses[f"streams only, P={n}"] = file_losses(with_streams(backbone, adapter), files)
+        losses[f"streams only, P={n}"] = file_losses(with_streams(backbone, adapter), files)[None]
     counts = np.array([count([file]) for file in files])
     results = summarise(losses, counts)
     (work / "results.json").write_text(json.dumps(results, indent=4) + "\n")
