@@ -3,7 +3,7 @@
     python benchmarks/parallel_scaling.py [--streams 8] [--latency 50] [--json]
 
 Every number that the model takes is named below with its source; nothing here is measured by this
-script. benchmarks/parallel.py measures, and its bytes and steps are the ones used here. docs/
+script. parscale bench --parallel measures, and its bytes and messages are the ones used here. docs/
 scaling.md says what follows.
 """
 

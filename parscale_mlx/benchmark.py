@@ -29,6 +29,18 @@ SMOLLM2 = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+QWEN2_5_HALF_B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Timing:
 def random_backbone(config: dict) -> Model:
     """A model without streams in the shape of a ``config.json``, with random weights.
 
-    They are in float32 on the CPU and in float16 on a GPU.
+    They are in float32 on the CPU and in float16 on a GPU, and made when they are first used.
 
     Raises:
         ValueError: the config describes no model that this package runs.
@@ -69,7 +81,6 @@ def random_backbone(config: dict) -> Model:
         lambda a: (mx.random.normal(a.shape) * 0.02).astype(dtype), model.parameters()
     )
     model.update(weights)
-    mx.eval(model.parameters())
     return model
 
 
@@ -106,6 +117,18 @@ def random_streams(args: ModelArgs, streams: int) -> Adapter:
     return Adapter(streams, PREFIX, SMOOTH, weights, "", "")
 
 
+def with_many_streams(backbone: Model, streams: int, adapters: dict[int, Adapter]) -> Model:
+    """A model of P streams over a backbone: an adapter's, or where none has so many, random ones.
+
+    Args:
+        adapters: by their number of streams.
+    """
+    if streams == 1:
+        return backbone
+    adapter = adapters.get(streams) or random_streams(backbone.args, streams)
+    return with_streams(backbone, adapter)
+
+
 def compared_models(
     backbone: Model, config: dict, streams: Iterable[int], adapters: dict[int, Adapter]
 ) -> dict[str, nn.Module]:
@@ -116,22 +139,27 @@ def compared_models(
     """
     models = {"mlx-lm": mlx_lm_twin(backbone, config)}
     for p in streams:
-        adapter = None if p == 1 else adapters.get(p) or random_streams(backbone.args, p)
-        models[f"P={p}"] = backbone if adapter is None else with_streams(backbone, adapter)
+        models[f"P={p}"] = with_many_streams(backbone, p, adapters)
     for model in models.values():
         mx.eval(model.parameters())
     return models
 
 
-def mlx_side(model: Any, ids: mx.array) -> Side:
+def mlx_side(
+    model: Any, ids: mx.array, sampler: Callable[[mx.array], mx.array] | None = None
+) -> Side:
     """A model that generates greedily as mlx-lm does, from prompts [B, L] in one batch.
 
     As there, the logits of the last token only are computed, and a step is queued before the one
     before it is waited for.
+
+    Args:
+        sampler: from logits [B, vocab] to tokens [B]; None for the likeliest.
     """
 
     def next_token(tokens: mx.array, cache) -> mx.array:
-        return mx.argmax(model(tokens, cache=cache)[:, -1], axis=-1)[:, None]
+        logits = model(tokens, cache=cache)[:, -1]
+        return (mx.argmax(logits, axis=-1) if sampler is None else sampler(logits))[:, None]
 
     def prefill():
         cache = make_prompt_cache(model)

@@ -1,12 +1,18 @@
 """``parscale bench``: how fast streams are here, beside mlx-lm's plain model and the machine."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from parscale_cli.drawing import check_plot, plot_option
+from parscale_cli.parallel import Modes, together
 from parscale_cli.quantities import WholeNumbers
+
+SHARED_P = (8,)
+NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force")
 
 
 @click.command()
@@ -16,7 +22,7 @@ from parscale_cli.quantities import WholeNumbers
     metavar="FILE",
     type=click.Path(exists=True, path_type=Path),
     help="Random weights in the shape of this config.json; without --model and --shape, in that "
-    "of SmolLM2-135M.",
+    "of SmolLM2-135M; with --parallel, of Qwen2.5-0.5B.",
 )
 @click.option(
     "--adapter",
@@ -30,8 +36,7 @@ from parscale_cli.quantities import WholeNumbers
     "--streams",
     type=WholeNumbers("P,P", most=64),
     default="1,2,4,8",
-    show_default=True,
-    help="Numbers of streams.",
+    help="Numbers of streams.  [default: 1,2,4,8; with --parallel, 8]",
 )
 @click.option(
     "--batch",
@@ -82,20 +87,34 @@ from parscale_cli.quantities import WholeNumbers
     help="Measure the processor's time, all cores added up, not the clock's: where other programs "
     "take the cores. The machine's rates are then those of one core.",
 )
+@click.option(
+    "--parallel",
+    "modes",
+    type=Modes(),
+    metavar="MODE,MODE",
+    help="Measure the model shared by the processes that mlx.launch started, beside the whole of "
+    "it on each: streams, tensor or SxT for S shares of the streams by T of the layers.",
+)
 @plot_option("time to the first token and time per token over P")
 @click.option("--force", is_flag=True, help="Replace an existing plot.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench(model, shape, adapters, quantisations, plot, force, as_json, **options):
+@click.pass_context
+def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_json, **options):
     """Measure generation with P streams beside mlx-lm's own class over the same weights.
 
     The sides take turns in one run. Bytes moved and operations are counted from the model's
     dimensions, and set against what this machine reaches: reading memory with all cores or the GPU,
     and multiplying large matrices, both measured first.
+
+    With --parallel the sides are the whole model on every process and the ways of sharing it, and
+    what is counted is the bytes that each process sends for a token.
     """
-    if model is not None and shape is not None:
-        raise click.UsageError("--model and --shape cannot go together")
-    if adapters and model is None:
-        raise click.UsageError("--adapter needs --model")
+    if modes is not None:
+        with together():
+            _check_model(model, shape, adapters)
+            _bench_shares(ctx, (model, shape, adapters), modes, as_json=as_json)
+        return
+    _check_model(model, shape, adapters)
     check_plot(plot, force=force)
     from parscale_cli.bench_mlx import measure_all, measure_machine
 
@@ -117,6 +136,44 @@ def bench(model, shape, adapters, quantisations, plot, force, as_json, **options
         click.echo(json.dumps(report))
     else:
         _print(report)
+
+
+def _check_model(model: str | None, shape: Path | None, adapters: Sequence[Path]) -> None:
+    if model is not None and shape is not None:
+        raise click.UsageError("--model and --shape cannot go together")
+    if adapters and model is None:
+        raise click.UsageError("--adapter needs --model")
+
+
+def _bench_shares(
+    ctx: click.Context,
+    backbone: tuple[str | None, Path | None, Sequence[Path]],
+    modes: Sequence[str],
+    *,
+    as_json: bool,
+) -> None:
+    given = {
+        param.name: param.opts[0]
+        for param in ctx.command.params
+        if param.name and ctx.get_parameter_source(param.name) != ParameterSource.DEFAULT
+    }
+    for name in NOT_SHARED:
+        if name in given:
+            raise click.UsageError(f"{given[name]} cannot go with --parallel")
+    from parscale_cli import bench_parallel
+
+    report = bench_parallel.measure_all(
+        backbone,
+        modes,
+        streams=ctx.params["streams"] if "streams" in given else SHARED_P,
+        prompt=ctx.params["prompt"],
+        tokens=ctx.params["tokens"],
+        repeats=ctx.params["repeats"],
+    )
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        bench_parallel.print_table(report)
 
 
 def _print(report: dict) -> None:

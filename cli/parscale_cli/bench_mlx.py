@@ -63,7 +63,7 @@ def measure_all(
     turns = len(quantisations) * len(batch) * len(prompt) * (len(streams) + 1) * (repeats + 1)
     with tqdm(total=turns, desc="measuring", disable=None, leave=False) as bar:
         for bits in quantisations:
-            plain, config, adapters = _load(*backbone)
+            plain, config, adapters = load_backbone(*backbone)
             if bits != "none":
                 plain, config = _quantise(plain, config, int(bits), int(group_size))
             models = benchmark.compared_models(plain, config, streams, adapters)
@@ -89,12 +89,20 @@ def _clock(cpu_time: bool) -> Callable[[], float]:
     return time.process_time if cpu_time else time.perf_counter
 
 
-def _load(
-    model: str | None, shape: Path | None, adapters: Sequence[Path]
+def load_backbone(
+    model: str | None,
+    shape: Path | None,
+    adapters: Sequence[Path],
+    *,
+    default: dict = benchmark.SMOLLM2,
 ) -> tuple[Model, dict, dict[int, Adapter]]:
-    """A backbone, its configuration, and its streams by their number."""
+    """A backbone, its configuration, and its streams by their number.
+
+    Args:
+        default: the configuration of random weights where neither a model nor a shape is given.
+    """
     if model is None:
-        config = benchmark.SMOLLM2 if shape is None else read_config(shape)
+        config = default if shape is None else read_config(shape)
         return benchmark.random_backbone(config), config, {}
     folder = find_folder(model)
     loaded, config = load_model(folder)

@@ -17,8 +17,21 @@ class Mode(click.ParamType):
         if value in ("streams", "tensor") or re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", value):
             return value
         return self.fail(
-            "streams, tensor or SxT (4x2: four shares of the streams, two of the layers)"
+            "streams, tensor or SxT (4x2: four shares of the streams, two of the layers)",
+            param,
+            ctx,
         )
+
+
+class Modes(click.ParamType):
+    """Modes with commas between: streams,tensor; a tuple, each once."""
+
+    name = "modes"
+
+    def convert(self, value, param, ctx) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        return tuple(dict.fromkeys(Mode().convert(mode, param, ctx) for mode in value.split(",")))
 
 
 def parallel_option(command: Callable) -> Callable:
@@ -38,7 +51,7 @@ def parallel_option(command: Callable) -> Callable:
             )
         if options.get("prompt_cache") is not None:
             raise click.UsageError("--prompt-cache cannot go with --parallel")
-        with _together():
+        with together():
             return command(*args, parallel=parallel, **options)
 
     return click.option(
@@ -51,7 +64,12 @@ def parallel_option(command: Callable) -> Callable:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
+    """What every rank runs: rank 0 alone prints, and an error of any is said once.
+
+    Raises:
+        click.UsageError: this process is the only one.
+    """
     from parscale_mlx.ranks import join
     from parscale_mlx.watch import watched
 
