@@ -156,7 +156,7 @@ def digest(files: list[Path], *, leave_out: tuple[str, ...] = ()) -> str:
     """The ``fingerprint`` of safetensors files, but for the tensors with one of these names."""
     tensors = {}
     for file in files:
-        for name, entry in _header(file).items():
+        for name, entry in checkpoint.read_header(file).items():
             if not any(part in name for part in leave_out):
                 tensors[name] = (file, *entry)
     sha = hashlib.sha256()
@@ -279,20 +279,3 @@ def _check_shapes(weights: dict[str, mx.array], expected: dict[str, tuple[int, .
             raise ValueError(
                 f"the adapter does not suit the backbone, which has no place for {name}"
             )
-
-
-def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
-    """Of each tensor in a safetensors file: type, shape, first byte and number of bytes."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    return {
-        name: (
-            entry["dtype"],
-            entry["shape"],
-            8 + length + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-    }

@@ -39,6 +39,23 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
 
 
+def read_header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
+    """Of each tensor in a safetensors file: type, shape, first byte and number of bytes."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: (
+            entry["dtype"],
+            entry["shape"],
+            8 + length + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+    }
+
+
 def read_pickle(file: Path) -> dict[str, mx.array]:
     """The tensors of a PyTorch pickle, loaded weights-only: nothing in the file is executed.
 

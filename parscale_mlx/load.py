@@ -11,6 +11,7 @@ from parscale_mlx.adapter import digest, load_adapter, read_adapter_config, with
 from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
 from parscale_mlx.parallel import plan, share_out
 from parscale_mlx.ranks import check_same, join
+from parscale_mlx.rows import read_own_rows
 
 import mlx.core as mx
 import transformers
@@ -41,7 +42,7 @@ def load(
         revision: a branch, tag or commit of a hub repository.
         parallel: how to share the model with the other processes that ``mlx.launch`` started:
             "streams", "tensor" or "SxT"; see ``parscale_mlx.parallel.plan``. This process keeps
-            only its share.
+            only its share, and reads no other where that is whole rows of a tensor.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as ``load_model``; or there is no tokenizer, the
@@ -59,6 +60,8 @@ def load(
         asked = {"data type": str(dtype), "way of sharing": parallel}
         check_same(group, identity(folder, adapter_path) | asked)
         share_out(model, plan(parallel, group, model.args))
+        files = checkpoint.safetensors_files(folder) + _adapter_files(adapter_path)
+        read_own_rows(model, files)
         mx.eval(model.parameters())
     return model, load_tokenizer(folder, config)
 
@@ -283,12 +286,15 @@ def identity(folder: Path, adapter: str | Path | None = None) -> dict[str, str]:
     patterns = ("*config.json", *TOKENIZER_FILES)
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
         settings.update(file.read_bytes())
-    adapters = sorted(Path(adapter).glob("*.safetensors")) if adapter is not None else []
     return {
         "checkpoint": digest(checkpoint.safetensors_files(folder)),
         "configuration or tokenizer": settings.hexdigest(),
-        "adapter": digest(adapters),
+        "adapter": digest(_adapter_files(adapter)),
     }
+
+
+def _adapter_files(adapter: str | Path | None) -> list[Path]:
+    return [] if adapter is None else sorted(Path(adapter).expanduser().glob("*.safetensors"))
 
 
 def _warm_up(model: Model) -> None:
