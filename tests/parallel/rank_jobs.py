@@ -13,6 +13,7 @@ from parscale_mlx.ranks import all_gather, check_same, join
 from parscale_mlx.traffic import sent_bytes, traffic_of_a_token
 from parscale_mlx.watch import watched
 
+import huggingface_hub
 import mlx.core as mx
 from golden_cases import GOLDEN, difference, read_rows
 from mlx.utils import tree_flatten, tree_map
@@ -189,3 +190,13 @@ def count_read() -> int:
         return 0
     counts = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in counts)["rchar"])
+
+
+def run_command_with_hub(address: str, cache: Path, arguments: list[list[str]]) -> None:
+    """As ``run_command_of_rank``, with another hub and nothing downloaded from it yet."""
+    huggingface_hub.constants.ENDPOINT = address
+    huggingface_hub.constants.HF_HUB_CACHE = str(cache)
+    huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE = (
+        address + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    run_command_of_rank(arguments)
