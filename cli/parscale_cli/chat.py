@@ -2,12 +2,14 @@
 
 import signal
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext, suppress
 
 import click
 
 from parscale_cli import show
 from parscale_cli.adapters import adapter_options
+from parscale_cli.parallel import lines_typed, parallel_option
 from parscale_cli.prompts import encode
 from parscale_cli.runtime import open_runtime, runtime_options
 from parscale_cli.sampling import Sampling, sampling_options, take_sampling
@@ -16,8 +18,8 @@ HELP = """\
 /reset    forget the conversation
 /streams  tint each token by the stream that spoke loudest, or stop doing so
 /help     this
-/quit     leave (so does Ctrl-D)
-Ctrl-C    stop the answer, keep what there is of it"""
+/quit     leave (so does Ctrl-D, but not through mlx.launch)
+Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the chat"""
 
 
 @click.command()
@@ -35,11 +37,13 @@ Ctrl-C    stop the answer, keep what there is of it"""
     help="Keep about this many tokens in a rotating KV cache, besides the prefix.",
 )
 @runtime_options
+@parallel_option
 @click.option("--show-streams", is_flag=True, help="Begin with /streams on.")
 @click.pass_context
 def chat(ctx, model, runtime, system, show_streams, **options):
     """Talk with a model; /help lists what can be typed besides."""
     sampling = take_sampling(options)
+    shared = options["parallel"] is not None
     runtime = open_runtime(ctx, model, runtime, options)
     if show_streams:
         runtime.require_streams()
@@ -47,11 +51,10 @@ def chat(ctx, model, runtime, system, show_streams, **options):
         raise click.ClickException(
             "this model has no chat template: use parscale generate, or an instruction-tuned model"
         )
-    _edit_lines()
-    click.echo("Type a message; /help for what else, Ctrl-D to leave.", err=True)
+    click.echo("Type a message; /help for what else, /quit to leave.", err=True)
     conversation: list[dict[str, str]] = _opening(system)
     runtime.keep_cache = True
-    while (line := _read_line()) is not None:
+    for line in lines_typed() if shared else iter(_line_editor(), None):
         match line.strip():
             case "":
                 continue
@@ -68,7 +71,8 @@ def chat(ctx, model, runtime, system, show_streams, **options):
                 click.echo(f"{command.split()[0]}: not a command; /help lists them", err=True)
             case message:
                 conversation.append({"role": "user", "content": message})
-                answer = _answer(runtime, conversation, sampling, show_streams)
+                with nullcontext() if shared else _interrupts() as interrupted:
+                    answer = _answer(runtime, conversation, sampling, show_streams, interrupted)
                 conversation.append({"role": "assistant", "content": answer})
 
 
@@ -89,12 +93,11 @@ def _toggle_streams(runtime, shown: bool) -> bool:
     return True
 
 
-def _edit_lines() -> None:
+def _line_editor() -> Callable[[], str | None]:
     # Importing readline gives input() line editing and its history.
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401
-    except ImportError:
-        return
+    return _read_line
 
 
 def _read_line() -> str | None:
@@ -108,18 +111,19 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(runtime, conversation: list, sampling: Sampling, show_streams: bool) -> str:
+def _answer(
+    runtime, conversation: list, sampling: Sampling, show_streams: bool, interrupted: list | None
+) -> str:
     ids = encode(runtime.tokenizer, conversation, system=None, use_template=True)
     text = ""
-    with _interrupts() as interrupted:
-        for piece in runtime.answer([ids], sampling, with_streams=show_streams):
-            text += piece.text
-            shown = piece.text
-            if piece.streams and sys.stdout.isatty():
-                shown = show.tint(piece.text, show.loudest(piece.streams))
-            click.echo(shown, nl=False)
-            if interrupted:
-                break
+    for piece in runtime.answer([ids], sampling, with_streams=show_streams):
+        text += piece.text
+        shown = piece.text
+        if piece.streams and sys.stdout.isatty():
+            shown = show.tint(piece.text, show.loudest(piece.streams))
+        click.echo(shown, nl=False)
+        if interrupted:
+            break
     click.echo()
     return text
 

@@ -200,3 +200,12 @@ def run_command_with_hub(address: str, cache: Path, arguments: list[list[str]]) 
         address + "/{repo_id}/resolve/{revision}/{filename}"
     )
     run_command_of_rank(arguments)
+
+
+def run_command_with_input(text: str, arguments: list[list[str]]) -> None:
+    """As ``run_command_of_rank``; rank 0's standard input holds a text, and stays open after it."""
+    mine, theirs = os.pipe()
+    if os.environ["MLX_RANK"] == "0":
+        os.write(theirs, text.encode())
+    os.dup2(mine, 0)
+    run_command_of_rank(arguments)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 120.0
+LAUNCH = Path(sys.executable).with_name("mlx.launch")
+PARSCALE = (sys.executable, "-c", "from parscale_cli.main import cli; cli()")
 
 
 @dataclass
@@ -94,3 +96,10 @@ def free_ports(count: int) -> list[int]:
     for server in servers:
         server.close()
     return ports
+
+
+def launched(count: int) -> list[str]:
+    """The beginning of a command line: ``parscale`` in several processes by ``mlx.launch``."""
+    port = str(free_ports(1)[0])
+    options = ("-n", str(count), "--backend", "ring", "--starting-port", port)
+    return [str(LAUNCH), *options, "--", *PARSCALE]

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import parscale_mlx
@@ -16,10 +15,8 @@ import pytest
 import rank_jobs
 from click.testing import CliRunner
 from parscale_cli.main import cli
-from rank_processes import free_ports, run_ranks
+from rank_processes import LAUNCH, launched, run_ranks
 from safetensors.numpy import load_file, save_file
-
-LAUNCH = Path(sys.executable).with_name("mlx.launch")
 
 
 @pytest.fixture(scope="module")
@@ -118,22 +115,11 @@ def test_smollm2_with_streams(tmp_path):
 @pytest.mark.skipif(not LAUNCH.exists(), reason="mlx.launch is not beside this Python")
 def test_under_mlx_launch(model):
     run = ("--model", str(model), "-p", "Hello", "-n", "12")
-    launch = (
-        LAUNCH,
-        "-n",
-        "2",
-        "--backend",
-        "ring",
-        "--starting-port",
-        str(free_ports(1)[0]),
-        "--",
-    )
-    parscale = (sys.executable, "-c", "from parscale_cli.main import cli; cli()", "generate")
-    launched = subprocess.run(
-        [*launch, *parscale, *run, "--parallel", "streams"],
+    result = subprocess.run(
+        [*launched(2), "generate", *run, "--parallel", "streams"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert launched.stdout == alone(*run)
+    assert result.stdout == alone(*run)
