@@ -175,11 +175,13 @@ def run_command_of_rank(arguments: list[list[str]]) -> None:
     cli(arguments[int(os.environ["MLX_RANK"])], prog_name="parscale")
 
 
-def load_and_count(folder: Path, adapter: Path | None, mode: str) -> tuple[int, list[int]]:
+def load_and_count(
+    folder: Path, adapter: Path | None, mode: str, dequantize: bool = False
+) -> tuple[int, list[int]]:
     """Bytes that this rank read to load its share, and the likeliest tokens it then finds."""
     with watched(join()):
         before = count_read()
-        model, _ = load(folder, adapter_path=adapter, parallel=mode)
+        model, _ = load(folder, adapter_path=adapter, parallel=mode, dequantize=dequantize)
         read = count_read() - before
         logits = model(mx.array([[5, 17, 42, 9, 3, 64]]))
         return read, mx.argmax(logits[0], axis=-1).tolist()

@@ -8,6 +8,7 @@ from pathlib import Path
 import parscale_mlx
 from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
 from parscale_mlx.checkpoint import read_header
+from parscale_mlx.convert import convert
 
 import mlx.core as mx
 import pytest
@@ -29,7 +30,7 @@ CONFIG = {
 }
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 PREFIXES = ("prefix_k", "prefix_v")
-SLACK = 700_000  # bytes of headers, tokenizer, configuration, and the samples that ranks compare
+SLACK = 900_000  # bytes of headers, tokenizer, configuration, and the samples that ranks compare
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,13 @@ def test_of_an_adapter_too(folder, backbone):
     whole = size(backbone / "model.safetensors", ("",)) + size(file, ("",))
     outcomes = run_ranks(2, rank_jobs.load_and_count, backbone, adapter, "streams")
     check_ranks(outcomes, whole - size(file, PREFIXES) / 2, tokens_of_one_process(folder))
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_of_quantised_weights_too(folder, tmp_path, dequantize):
+    packed = tmp_path / "packed"
+    convert(folder, packed, quantize=True)
+    file = packed / "model.safetensors"
+    shared = 0 if dequantize else size(file, ROWS)
+    outcomes = run_ranks(2, rank_jobs.load_and_count, packed, None, "tensor", dequantize)
+    check_ranks(outcomes, size(file, ("",)) - shared / 2, tokens_of_one_process(packed))
