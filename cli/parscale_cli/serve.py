@@ -138,7 +138,7 @@ def serve(
     if name is not None and (not name or ":" in name):
         raise click.UsageError(f"--name {name!r}: a name without a colon, which precedes pP")
     if parallel is not None and draft_model is not None:
-        raise click.UsageError("--draft-model cannot go with --parallel here")
+        raise click.UsageError("--draft-model cannot go with --parallel")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
     from parscale_mlx.default_model import default_model_folder

@@ -88,6 +88,13 @@ def test_a_killed_rank_ends_the_server(model, rank):
     assert "Traceback" not in other.err
 
 
+def test_a_draft_is_refused(model):
+    run = ["serve", "--model", str(model), "--draft-model", str(model), "--parallel", "streams"]
+    first, second = run_ranks(2, rank_jobs.run_command_of_rank, [run, run])
+    assert (first.exit_code, second.exit_code > 0) == (2, True)
+    assert "--draft-model cannot go with --parallel" in first.err
+
+
 def test_ranks_that_would_serve_differently(model):
     run = ["serve", "--model", str(model), "--port", "0", "--parallel", "streams"]
     first, second = run_ranks(2, rank_jobs.run_command_of_rank, [run, [*run, "--name", "other"]])
