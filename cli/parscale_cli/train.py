@@ -103,7 +103,12 @@ READABLE = click.Path(exists=True, file_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option(
     "--streams-lr", type=click.FloatRange(0, min_open=True),
-    help="The same, of prefixes and aggregator.  [default: as --lr]",
+    help="The same, of the prefixes.  [default: as --lr]",
+)  # fmt: skip
+@click.option(
+    "--aggregator-lr", type=click.FloatRange(0, min_open=True),
+    help="The same, of the aggregator: where it learns faster than the prefixes, it soon takes one "
+    "stream for all.  [default: as --streams-lr]",
 )  # fmt: skip
 @click.option(
     "--warmup", type=click.IntRange(0), help="Steps of warm-up.  [default: a twentieth of all]"

@@ -31,7 +31,8 @@ class TrainSettings:
         truncate: cut samples that are longer instead of refusing them.
         batch_size: sequences of a micro-batch, over all machines.
         accumulate: micro-batches of a step.
-        lr, streams_lr: peak learning rates, of the backbone and of prefixes and aggregator.
+        lr, streams_lr, aggregator_lr: peak learning rates, of the backbone, of the prefixes and of
+            the aggregator; by default each is the one before.
         warmup: steps of linear warm-up; by default a twentieth of all.
         final_lr: where the cosine decay ends, as a share of the peak.
         clip: the gradients' norm at most.
@@ -60,6 +61,7 @@ class TrainSettings:
     steps: int = 1000
     lr: float = 3e-4
     streams_lr: float | None = None
+    aggregator_lr: float | None = None
     warmup: int | None = None
     final_lr: float = 0.1
     weight_decay: float = 0.1

@@ -228,6 +228,21 @@ def test_the_whole_model_with_streams(settings, base, tmp_path):
     assert again.valid_loss < again.valid_loss_before
 
 
+def test_the_aggregator_has_a_learning_rate_of_its_own(settings, tmp_path):
+    def weights(name, **changes):
+        run = train(settings(output=str(tmp_path / name), **changes))
+        return load_adapter(run.output).weights
+
+    start = weights("start", steps=1, lr=1e-30)
+    prefixes = weights("prefixes", aggregator_lr=1e-30)
+    aggregator = weights("aggregator", streams_lr=1e-30, aggregator_lr=1e-2)
+    for name, value in start.items():
+        still = aggregator if "prefix" in name else prefixes
+        moved = prefixes if "prefix" in name else aggregator
+        assert mx.abs(still[name] - value).max().item() < 1e-9
+        assert mx.abs(moved[name] - value).max().item() > 1e-4
+
+
 def test_an_adapter_is_trained_further(settings, tmp_path):
     first = train(settings())
     second = train(settings(streams=None, adapter=first.output, output=str(tmp_path / "second")))
