@@ -31,7 +31,7 @@ PRECISIONS = (*FLOATS, "int8", "int4")
     type=click.Path(path_type=Path),
     metavar="DIR",
     help="A stream adapter over the model: a graph of its own over the same weights. "
-    "May be given several times.",
+    "May be given several times; without, those that came with the model.",
 )
 @click.option(
     "--target",

@@ -63,6 +63,8 @@ def export_onnx(
         output: the folder to make; it appears whole or not at all.
         adapters: folders of stream adapters over the model: besides model.onnx, each gets a graph
             model_pP.onnx over the same weights, its own prefixes and aggregator in a small file.
+            With none, those that came with the model, in its folder ``adapters``, are taken where
+            the target reads several graphs.
         kv_layout: "batch" (default; streams are rows of the batch) or "heads" (streams are heads:
             an ordinary decoder's interface, for runtimes that know nothing of streams).
         ops: "fused" (default; onnxruntime's GroupQueryAttention and MatMulNBits) or "standard"
@@ -123,9 +125,12 @@ def _with_adapters(
     folder: Path, adapters: Sequence[str | Path], target: str | None
 ) -> list[Checkpoint]:
     """The checkpoint in a folder once more for each adapter over it."""
+    one_graph = target in ("genai", "web")
+    if not adapters and not one_graph:
+        adapters = sorted((folder / "adapters").glob("*/"))
     if not adapters:
         return []
-    if target in ("genai", "web"):
+    if one_graph:
         raise ValueError(
             f"target {target} reads one graph a folder, so it takes no adapters; fuse each with "
             "the model, and export the results"

@@ -57,6 +57,17 @@ def test_each_graph_is_what_an_export_of_its_own_would_be(p4, tmp_path, ops, pre
         assert np.array_equal(model.logits(TOKENS), alone.logits(TOKENS))
 
 
+def test_adapters_that_came_with_the_model(p4, tmp_path):
+    backbone, *adapters = p4
+    model = shutil.copytree(backbone, tmp_path / "model")
+    for adapter in adapters:
+        shutil.copytree(adapter, model / "adapters" / adapter.name)
+    folder = export_onnx(model, tmp_path / "out")
+    assert {f.stem for f in folder.glob("*.onnx")} == {"model", "model_p2", "model_p4"}
+    web = export_onnx(model, tmp_path / "web", target="web")
+    assert len(list(web.rglob("*.onnx"))) == 1
+
+
 def external(file) -> dict[str, str]:
     """The data file of each tensor that a graph keeps outside."""
     graph = onnx.load(file, load_external_data=False).graph
