@@ -17,6 +17,8 @@ from transformers import Qwen2Tokenizer
 HELD_OUT, TUNE = 0.05, 0.05  # shares of the files
 # Tables, not programs: they would only teach to count.
 LEFT_OUT = {"site-packages", "encodings", "pydoc_data", "__pycache__", "lib2to3"}
+# It is no chat model: what is said so far is text to go on with.
+CONTINUE = "{{ messages | map(attribute='content') | join('\\n') }}"
 SAMPLE_BYTES = 8_000_000  # of text that the tokenizer learns from
 
 
@@ -31,6 +33,7 @@ def prepare(work: Path, plan: Plan) -> None:
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     tokenizer = train_tokenizer(work / "corpus" / "train", plan.vocabulary)
+    tokenizer.chat_template = CONTINUE
     tokenizer.save_pretrained(new)
     (new / "config.json").write_text(json.dumps(model_config(plan), indent=4))
     new.rename(work / "config")
@@ -86,7 +89,7 @@ def model_config(plan: Plan) -> dict:
         "num_key_value_heads": plan.kv_heads,
         "intermediate_size": plan.intermediate_size,
         "vocab_size": plan.vocabulary,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": plan.seq_length,  # it has not learnt to look back any further
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "initializer_range": 0.02,

@@ -171,11 +171,12 @@ def table(results: dict[str, dict], what: str, counts: np.ndarray) -> str:
         f"{what}. Held-out loss in nats a token, over {counts.sum():,} tokens of {len(counts)} "
         f"files; {LEVEL} % intervals by bootstrap over files and seeds.",
         "",
-        "| model | loss | interval | against P=1 | interval | best stream alone | even weights |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| model | loss | interval | against P=1 | interval | best stream alone | even weights "
+        "| streams apart |",
+        f"|{' --- |' * 8}",
     ]
     for name, r in sorted(results.items(), key=lambda item: (item[0] != "backbone", item[0])):
-        parts = [f"{r[part]:.4f}" if part in r else "" for part in ("best_alone", "even")]
+        parts = [f"{r[part]:.4f}" if part in r else "" for part in ("best_alone", "even", "apart")]
         lines.append(
             f"| {name} | {r['loss']:.4f} | {r['loss_interval'][0]:.4f} to "
             f"{r['loss_interval'][1]:.4f} | {r['difference']:+.4f} | "

