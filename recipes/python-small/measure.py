@@ -16,7 +16,6 @@ from parscale_mlx.training.documents import Document, read_documents
 from parscale_mlx.training.step import summed_loss
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from plan import Plan
 from runs import stage_two
@@ -31,7 +30,6 @@ def measure(work: Path, plan: Plan) -> None:
     files = held_out(work, plan, folder)
     counts = np.array([count([file]) for file in files])
     losses: dict[str, list] = {"backbone": [file_losses(backbone, files)]}
-    parts: dict[str, list[dict]] = {}
     for run in stage_two(work, plan):
         if run.train_all:
             model, _ = parscale_mlx.load_model(run.result)
@@ -39,13 +37,8 @@ def measure(work: Path, plan: Plan) -> None:
             model = with_streams(backbone, load_adapter(run.result, backbone=folder))
         name = f"{'whole model' if run.train_all else 'streams only'}, P={run.streams}"
         losses.setdefault(name, []).append(file_losses(model, files))
-        if run.streams > 1:
-            parts.setdefault(name, []).append(streams_apart(model, files))
         print(f"{run.folder.name}: {losses[name][-1].sum() / counts.sum():.4f}", flush=True)
     results = summarise({k: np.stack(v) for k, v in losses.items()}, counts)
-    for name, each in parts.items():
-        for part in each[0]:
-            results[name][part] = float(np.mean([one[part] for one in each]))
     (work / "results.json").write_text(json.dumps(results, indent=4) + "\n")
     what = (
         f"Stage 1: {plan.pretrain_tokens:,} tokens, stage 2: {plan.stream_tokens:,} tokens each, "
@@ -92,36 +85,6 @@ def file_losses(model: parscale_mlx.Model, files: list[list[Document]]) -> np.nd
             mx.eval(total)
         sums.append(total.item())
     return np.array(sums)
-
-
-def streams_apart(model: parscale_mlx.Model, files: list[list[Document]]) -> dict[str, float]:
-    """What the parts of a model with streams do by themselves, in nats a token.
-
-    Returns:
-        ``best_alone``: the loss with the one stream that is best alone; ``even``: with all streams
-        weighed alike; ``apart``: how far a stream's prediction is from that of the even mixture,
-        as the mean Kullback-Leibler divergence.
-    """
-    streams, head = model.args.parscale_n, model.model.embed_tokens.as_linear
-    alone, even, apart = np.zeros(streams), 0.0, 0.0
-    for file in files:
-        for n in range(0, len(file), 4):
-            tokens, counts = (mx.array(a) for a in make_batch(file[n : n + 4]))
-            h = model.model(tokens[:, :-1])
-            of_stream = [nn.log_softmax(head(h[:, p])) for p in range(streams)]
-            of_all = nn.log_softmax(head(h.mean(axis=1)))
-            target = tokens[:, 1:, None]
-
-            def loss(log_p, target=target, counts=counts):
-                return -(mx.take_along_axis(log_p, target, axis=-1)[..., 0] * counts).sum()
-
-            alone += np.array([loss(log_p).item() for log_p in of_stream])
-            even += loss(of_all).item()
-            for log_p in of_stream:
-                divergence = (mx.exp(log_p) * (log_p - of_all)).sum(axis=-1)
-                apart += (divergence * counts).sum().item() / streams
-    total = count(files)
-    return {"best_alone": alone.min() / total, "even": even / total, "apart": apart / total}
 
 
 def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, dict]:
@@ -171,17 +134,14 @@ def table(results: dict[str, dict], what: str, counts: np.ndarray) -> str:
         f"{what}. Held-out loss in nats a token, over {counts.sum():,} tokens of {len(counts)} "
         f"files; {LEVEL} % intervals by bootstrap over files and seeds.",
         "",
-        "| model | loss | interval | against P=1 | interval | best stream alone | even weights "
-        "| streams apart |",
-        f"|{' --- |' * 8}",
+        "| model | loss | interval | against P=1 | interval |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for name, r in sorted(results.items(), key=lambda item: (item[0] != "backbone", item[0])):
-        parts = [f"{r[part]:.4f}" if part in r else "" for part in ("best_alone", "even", "apart")]
         lines.append(
             f"| {name} | {r['loss']:.4f} | {r['loss_interval'][0]:.4f} to "
             f"{r['loss_interval'][1]:.4f} | {r['difference']:+.4f} | "
-            f"{r['difference_interval'][0]:+.4f} to {r['difference_interval'][1]:+.4f} | "
-            f"{' | '.join(parts)} |"
+            f"{r['difference_interval'][0]:+.4f} to {r['difference_interval'][1]:+.4f} |"
         )
     return "\n".join(lines) + "\n"
 

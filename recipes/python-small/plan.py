@@ -37,7 +37,7 @@ class Plan:
     train_all_lr: float = 1e-4
     streams: tuple[int, ...] = STREAMS
     seeds: tuple[int, ...] = (0,)
-    eval_tokens: int = 60_000
+    eval_tokens: int = 20_000
     corpus_bytes: int = 10**9
     jobs: int = 2
 
