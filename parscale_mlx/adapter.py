@@ -227,7 +227,12 @@ def take_streams(model: Model, *, backbone: str, backbone_sha256: str) -> Adapte
 
 def is_stream_parameter(name: str) -> bool:
     """Whether a parameter of a ``Model`` belongs to its streams, not to its backbone."""
-    return name.endswith((".prefix_k", ".prefix_v")) or ".aggregator." in name
+    return is_prefix(name) or ".aggregator." in name
+
+
+def is_prefix(name: str) -> bool:
+    """Whether a tensor, of a ``Model`` or a file, is a layer's prefix of keys or values."""
+    return name.endswith((".prefix_k", ".prefix_v"))
 
 
 def _shallow(module: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parscale_mlx import checkpoint, gguf, graft, hub
+from parscale_mlx.adapter import is_prefix
 from parscale_mlx.default_model import SMOLLM2
 from parscale_mlx.load import (
     find_folder,
@@ -307,7 +308,7 @@ def _describe(
     output: Path, model: Model, config: dict, perplexities: tuple[float, float] | None = None
 ) -> Conversion:
     weights = dict(tree_flatten(model.parameters()))
-    prefixes = [a for name, a in weights.items() if name.endswith(("prefix_k", "prefix_v"))]
+    prefixes = [a for name, a in weights.items() if is_prefix(name)]
     # mlx-lm counts the parameters of layers; the prefixes belong to none.
     parameters = get_total_parameters(model) + sum(a.size for a in prefixes)
     size = sum(a.nbytes for a in weights.values())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from parscale_mlx.adapter import is_prefix
 from parscale_mlx.checkpoint import read_header
 from parscale_mlx.model import Model
 
@@ -32,15 +33,16 @@ def read_own_rows(model: Model, files: Iterable[Path]) -> None:
             own = kept.get(name)
             if own is None or dtype not in DTYPES:
                 continue
-            is_prefix = name.endswith((".prefix_k", ".prefix_v"))
-            share = streams if is_prefix else tensor
+            share = streams if is_prefix(name) else tensor
             # Columns are others where a layer was dequantised.
-            if own.shape[0] == shape[0] or not (is_prefix or own.shape[1:] == tuple(shape[1:])):
+            if own.shape[0] == shape[0] or not (
+                is_prefix(name) or own.shape[1:] == tuple(shape[1:])
+            ):
                 continue
             part = size // share.count
             raw = np.fromfile(file, np.uint8, part, offset=start + share.number * part)
             value = mx.array(raw).view(DTYPES[dtype]).reshape(-1, *shape[1:])
-            if is_prefix:
+            if is_prefix(name):
                 value = mx.split(value, tensor.count, axis=1)[tensor.number]
             rows[name] = mx.contiguous(value.astype(own.dtype))
             mx.eval(rows[name])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from parscale_mlx.adapter import is_stream_parameter
+from parscale_mlx.adapter import is_prefix, is_stream_parameter
 from parscale_mlx.model import Model
 from parscale_mlx.training.settings import TrainSettings
 
@@ -20,20 +20,18 @@ def make_optimizer(settings: TrainSettings, model: Model) -> optim.MultiOptimize
     """
     streams_lr = settings.lr if settings.streams_lr is None else settings.streams_lr
     aggregator_lr = streams_lr if settings.aggregator_lr is None else settings.aggregator_lr
-    groups: list[tuple[Callable, float, float]] = [
-        (lambda name, w: _is_prefix(name), streams_lr, 0.0),
+    # A weight belongs to the first group that it fits.
+    streams: list[tuple[Callable, float, float]] = [
+        (lambda name, w: is_prefix(name), streams_lr, 0.0),
         (lambda name, w: is_stream_parameter(name) and _is_matrix(w), aggregator_lr, 1.0),
         (lambda name, w: is_stream_parameter(name), aggregator_lr, 0.0),
-        (lambda name, w: _is_matrix(w), settings.lr, 1.0),
-        (lambda name, w: True, settings.lr, 0.0),
     ]
-    if settings.trains_backbone:
-        # The first one's learning rate is the one reported.
-        groups = [
-            (lambda name, w: not is_stream_parameter(name) and _is_matrix(w), settings.lr, 1.0),
-            (lambda name, w: not is_stream_parameter(name), settings.lr, 0.0),
-            *groups[:3],
-        ]
+    backbone: list[tuple[Callable, float, float]] = [
+        (lambda name, w: not is_stream_parameter(name) and _is_matrix(w), settings.lr, 1.0),
+        (lambda name, w: not is_stream_parameter(name), settings.lr, 0.0),
+    ]
+    # The first one's learning rate is the one reported.
+    groups = backbone + streams if settings.trains_backbone else streams + backbone
     optimizers = [_adamw(settings, lr, decay * settings.weight_decay) for _, lr, decay in groups]
     optimizer = optim.MultiOptimizer(optimizers, [belongs for belongs, _, _ in groups[:-1]])
     optimizer.init(model.trainable_parameters())
@@ -50,10 +48,6 @@ def _adamw(settings: TrainSettings, lr: float, decay: float) -> optim.AdamW:
         }
     )
     return optim.AdamW(schedule, betas=BETAS, weight_decay=decay, bias_correction=True)
-
-
-def _is_prefix(name: str) -> bool:
-    return name.endswith(("prefix_k", "prefix_v"))
 
 
 def _is_matrix(weight: mx.array) -> bool:
