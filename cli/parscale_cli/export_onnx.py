@@ -94,7 +94,7 @@ PRECISIONS = (*FLOATS, "int8", "int4")
 def export_onnx(model, output, force, as_json, block_size, **options):
     """Export a model to ONNX: graph, weights, configuration and tokenizer in one folder."""
     from parscale_export import OnnxModel, export_onnx
-    from parscale_export.session import find_graphs
+    from parscale_export.runtime.session import find_graphs
     from tqdm import tqdm
 
     # None: shown where standard error is a terminal.

@@ -66,7 +66,7 @@ def verify(
 ):
     """Compare an ONNX export with its model on real prompts; exit 1 where they differ too much."""
     from parscale_export import OnnxModel
-    from parscale_export.session import find_graph
+    from parscale_export.runtime.session import find_graph
 
     find_graph(export)  # so that what is no export is found before a model is loaded
     reference = _Reference(against, adapter)

@@ -8,7 +8,7 @@ import sys
 import onnxruntime as ort
 import pytest
 from parscale_export import export_onnx
-from parscale_export.session import CUDA, cuda_works
+from parscale_export.runtime.session import CUDA, cuda_works
 from tiny_models import error_line, set_eos
 
 

@@ -9,7 +9,7 @@ import ml_dtypes  # noqa: F401  safetensors reads bfloat16 once this is imported
 import numpy as np
 import onnxruntime as ort
 from packaging.version import Version
-from parscale_export.session import STANDARD_SINCE
+from parscale_export.runtime.session import STANDARD_SINCE
 from safetensors.numpy import load_file, save_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
 from parscale_export import OnnxModel, export_onnx
-from parscale_export.sampling import Sampling, choose
+from parscale_export.runtime.sampling import Sampling, choose
 
 
 def read(file):

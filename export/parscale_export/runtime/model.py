@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime as ort
 
-from parscale_export.kv_cache import Cache, FixedSteps
-from parscale_export.sampling import Sampling, choose
-from parscale_export.session import (
+from parscale_export.runtime.kv_cache import Cache, FixedSteps
+from parscale_export.runtime.sampling import Sampling, choose
+from parscale_export.runtime.session import (
     CPU,
     CUDA,
     check_operators,

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 
 if TYPE_CHECKING:
-    from parscale_export.runner import OnnxModel
+    from parscale_export.runtime.model import OnnxModel
 
 Buffers = list[ort.OrtValue]
 NOT_CAPTURED = "-1"
