@@ -1,6 +1,19 @@
 """What the engines have in common: requests, pieces of answers, and the state of one request."""
 
+from parscale_core.engine.answer import Answer
+from parscale_core.engine.check import check
 from parscale_core.engine.protocol import Engine, Handle
 from parscale_core.engine.request import Logprob, Piece, Request, Sampling
+from parscale_core.engine.state import RequestState
 
-__all__ = ["Engine", "Handle", "Logprob", "Piece", "Request", "Sampling"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "Handle",
+    "Logprob",
+    "Piece",
+    "Request",
+    "RequestState",
+    "Sampling",
+    "check",
+]

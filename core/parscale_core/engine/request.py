@@ -94,7 +94,8 @@ class Piece:
     """What one generated token adds to an answer.
 
     Attributes:
-        token: its id.
+        token: its id; None on a last piece that ends an answer between tokens (it was cancelled, or
+            its time was over, before a token came).
         text: the text that became final with it: empty where characters, or what may become a stop
             string, are incomplete. The texts of an answer, joined, are its tokens decoded together
             (up to a stop string, without end-of-text tokens).
@@ -106,7 +107,7 @@ class Piece:
         cached_tokens: on an answer's first piece, tokens of the prompt that were not computed anew.
     """
 
-    token: int
+    token: int | None
     text: str
     finish_reason: FinishReason | None = None
     logprob: float | None = None

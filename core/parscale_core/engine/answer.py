@@ -1,0 +1,40 @@
+"""An answer on its way from the engine's thread to the thread that asked."""
+
+import queue
+from collections.abc import Iterator
+
+from parscale_core.engine.request import Piece
+from parscale_core.engine.state import RequestState
+
+
+class Answer:
+    """The ``Handle`` of a request: the engine's thread puts pieces in, another takes them out."""
+
+    def __init__(self, state: RequestState):
+        self.state = state
+        self._pieces: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+
+    def put(self, piece: Piece) -> None:
+        self._pieces.put(piece)
+
+    def fail(self, error: Exception) -> None:
+        """End the answer with an error, raised where its pieces are taken out."""
+        self._pieces.put(error)
+
+    def __iter__(self) -> Iterator[Piece]:
+        finished = False
+        try:
+            while not finished:
+                piece = self._pieces.get()
+                if isinstance(piece, Exception):
+                    finished = True
+                    raise piece
+                finished = piece.finish_reason is not None
+                yield piece
+        finally:
+            if not finished:
+                # Nobody takes what comes after: a loop was left, or its generator dropped.
+                self.cancel()
+
+    def cancel(self) -> None:
+        self.state.cancelled = True
