@@ -10,6 +10,7 @@ from pathlib import Path
 from parscale_mlx import checkpoint, gguf, graft, hub
 from parscale_mlx.adapter import is_prefix
 from parscale_mlx.default_model import SMOLLM2
+from parscale_mlx.drop_in import add_model_file, check_model_file
 from parscale_mlx.load import (
     find_folder,
     load_model,
@@ -73,6 +74,7 @@ def convert(
     output: str | Path,
     *,
     to: str = "mlx",
+    with_model_file: bool = False,
     dtype: str | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
@@ -88,12 +90,16 @@ def convert(
     force: bool = False,
     progress: bool = False,
 ) -> Conversion:
-    """Convert a checkpoint to an MLX folder that this package and mlx-lm's tools read, or back.
+    """Convert a checkpoint to an MLX folder, or back to a published one.
+
+    mlx-lm itself reads the folder if it has one stream, or with ``with_model_file``.
 
     Args:
         source: a folder of safetensors or of PyTorch pickles, a GGUF file, or a name on the hub.
         output: the folder to write. It appears whole or not at all.
         to: "mlx", or "hf" for what the published PyTorch classes load; never quantised.
+        with_model_file: add the model's code as mlx-lm's own commands want it for more than one
+            stream (``--trust-remote-code``).
         dtype: float32, float16 or bfloat16, for what is not quantised; by default the stored type.
         quantize: quantise all but the prefixes and the aggregator.
         q_bits, q_group_size, q_mode: as ``mlx.core.quantize``; by default what suits the mode.
@@ -121,6 +127,8 @@ def convert(
         raise ValueError(f"to {to!r} is not one of {', '.join(LAYOUTS)}")
     if to == "hf" and quantize:
         raise ValueError("MLX's quantisation has no place in a Hugging Face checkpoint")
+    if to == "hf" and with_model_file:
+        raise ValueError("with_model_file is for mlx-lm, and to 'hf' is not")
     cast = getattr(mx, dtype) if dtype else None
     quantization = check_quantization(q_bits, q_group_size, q_mode) if quantize else None
     if upload_repo and not dry_run:
@@ -135,6 +143,8 @@ def convert(
             model, config = _quantize(found, model, config, quantization, quantize_all)
         if to == "hf":
             model, config = dequantized(model, config)
+        if with_model_file:
+            check_model_file(config)
         return _describe(output, model, config)
     with working_folder(output) as work, _naming(found, work / "source"):
         folder = _stage(found, work / "source", cast, progress)
@@ -147,9 +157,13 @@ def convert(
             model, config = _quantize(found, model, config, quantization, quantize_all)
         if to == "hf":
             model, config = dequantized(model, config)
+        if with_model_file:
+            check_model_file(config)
         result = _describe(output, model, config, perplexities)
         write_model(work / "model", model, config, to=to, progress=progress)
         copy_files(folder, work / "model")
+        if with_model_file:
+            add_model_file(work / "model")
         if to == "mlx":
             name = upload_repo or output.name
             write_card(work / "model", name=name, origin=found.path, hub_name=found.hub_name)

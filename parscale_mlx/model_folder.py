@@ -115,7 +115,8 @@ def progress_bar(description: str, total: int, unit: str, progress: bool) -> tqd
 
 def _config_to_write(model: Model, config: dict, to: str) -> dict:
     # The code that auto_map names is never copied along; an MLX folder has no use for it at all.
-    config = {key: value for key, value in config.items() if key != "auto_map" or to == "hf"}
+    left_out = ("model_file",) if to == "hf" else ("model_file", "auto_map")
+    config = {key: value for key, value in config.items() if key not in left_out}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(model)
     if to == "hf" and model.args.parscale_n > 1:
         family = model.args.model_type.removesuffix("_parscale")

@@ -25,6 +25,12 @@ import click
     help="For MLX, or for the published PyTorch classes (never quantised).",
 )
 @click.option(
+    "--mlx-lm",
+    "with_model_file",
+    is_flag=True,
+    help="Add the model's code, so that mlx-lm's commands take it with --trust-remote-code.",
+)
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Type of the weights that are not quantised; by default the stored one.",
@@ -82,6 +88,8 @@ def convert(
         _need("--quantize", quantize_all=options["quantize_all"] or None)
     if options["streams"] is None:
         _need("--streams", prefix_tokens=prefix_tokens, text=text_file)
+    if options["to"] == "hf" and options["with_model_file"]:
+        raise click.UsageError("--mlx-lm cannot go with --to hf")
     if options["to"] == "hf" and options["quantize"]:
         raise click.UsageError("--quantize cannot go with --to hf: it is MLX's own quantisation")
     from parscale_mlx.convert import check_quantization
