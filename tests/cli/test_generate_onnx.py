@@ -1,6 +1,7 @@
 """``parscale generate`` and ``chat`` on onnxruntime: the same text as in MLX, and refusals."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import onnxruntime as ort
 import pytest
 from parscale_export import export_onnx
-from parscale_export.runtime.session import CUDA, cuda_works
+from parscale_export.runtime.provider import CUDA, count_devices, missing_libraries
 from tiny_models import error_line, set_eos
 
 
@@ -173,6 +174,45 @@ def test_options_of_onnxruntime_alone(parscale, model, option):
         assert f"{option[0]} is an option of --runtime onnx" in error_line(result)
 
 
+DRIVER = """
+int cuInit(unsigned flags) { return 0; }
+int cuDeviceGetCount(int *count) { *count = 1; return 0; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
+@pytest.mark.skipif(CUDA not in ort.get_available_providers(), reason="onnxruntime without CUDA")
+def test_a_driver_without_the_libraries_of_cuda(plain_model, tmp_path):
+    """A PC with an NVIDIA card: the driver knows a device, onnxruntime's libraries are missing."""
+    if not missing_libraries():
+        pytest.skip("CUDA's libraries are here")
+    export = export_onnx(plain_model, tmp_path / "fp16", precision="fp16")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run(["gcc", "-shared", "-o", library, tmp_path / "driver.c"], check=True)
+
+    def generate(*more):
+        code = "from parscale_cli.main import cli; cli()"
+        run = ("generate", "--model", export, "-p", "Hi", "-n", 3, "--quiet", "--json", *more)
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, run)],
+            env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}, capture_output=True, text=True,
+        )  # fmt: skip
+
+    result = generate()
+    assert result.returncode == 0
+    assert len(json.loads(result.stdout)["tokens"]) == 3
+    (line,) = result.stderr.splitlines()
+    assert "on the CPU, not on CUDA: libcublasLt.so.13, " in line
+    assert "pip install 'parscale[onnx-cuda13]'" in line
+    chosen = generate("--provider", "cpu")
+    assert (chosen.returncode, chosen.stdout != "", chosen.stderr) == (0, True, "")
+    refused = generate("--provider", "cuda")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    (line,) = refused.stderr.splitlines()
+    assert "provider 'cuda' was asked for, but libcublasLt.so.13, " in line
+
+
 def test_refusals(parscale, model, export, plain_export, tmp_path):
     run = ("generate", "-p", "Hi", "--runtime", "onnx")
     missing = parscale(*run)
@@ -180,7 +220,7 @@ def test_refusals(parscale, model, export, plain_export, tmp_path):
     assert "--runtime onnx needs --model" in error_line(missing)
     assert "no model.onnx in this folder" in error_line(parscale(*run, "--model", model))
     assert "tpu" in error_line(parscale(*run, "--model", export, "--provider", "tpu"))
-    if not (CUDA in ort.get_available_providers() and cuda_works()):
+    if not (CUDA in ort.get_available_providers() and count_devices()):
         for option in (("--provider", "cuda"), ("--cuda-graph",)):
             assert "cuda" in error_line(parscale(*run, "--model", export, *option))
     assert "no graph of P=3, only of P=4" in error_line(

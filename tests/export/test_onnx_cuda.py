@@ -6,7 +6,7 @@ import onnxruntime as ort
 import pytest
 from cases import GOLDEN, LAYOUTS, batches
 from parscale_export import OnnxModel, export_onnx
-from parscale_export.runtime.session import CUDA, cuda_works
+from parscale_export.runtime.provider import CUDA, count_devices
 
 # Inputs that CUDA kernels take from the host's memory, by position.
 HOST_INPUTS = {
@@ -68,7 +68,9 @@ def test_steps_of_fixed_shapes(tmp_path, case, kv_layout, all_logits):
 
 def test_fused_float32_has_no_kernel_on_cuda(tmp_path, monkeypatch):
     folder = export_onnx(GOLDEN / "p4", tmp_path / "out")
-    monkeypatch.setattr("parscale_export.runtime.model.choose_provider", lambda asked: CUDA)
+    monkeypatch.setattr(
+        "parscale_export.runtime.session.choose_provider", lambda asked: (CUDA, None)
+    )
     with pytest.raises(
         ValueError, match=r"model\.onnx: GroupQueryAttention on CUDA has no float32"
     ):
@@ -80,7 +82,7 @@ def test_fused_float32_has_no_kernel_on_cuda(tmp_path, monkeypatch):
 def cuda():
     if CUDA not in ort.get_available_providers():
         pytest.skip("this onnxruntime is built without CUDA")
-    if not cuda_works():
+    if not count_devices():
         pytest.skip("no CUDA device here")
 
 

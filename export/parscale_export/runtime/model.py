@@ -8,16 +8,15 @@ import numpy as np
 import onnxruntime as ort
 
 from parscale_export.runtime.kv_cache import Cache, FixedSteps
+from parscale_export.runtime.provider import CUDA
 from parscale_export.runtime.sampling import Sampling, choose
 from parscale_export.runtime.session import (
-    CPU,
-    CUDA,
+    attention_heads,
     check_operators,
-    choose_provider,
     find_graph,
     metadata,
-    open_session,
     read_graph,
+    start_session,
 )
 
 ROOM = 256  # tokens by which the buffers of CUDA graphs grow
@@ -84,16 +83,14 @@ class OnnxModel:
         self.prefill_chunk = prefill_chunk
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")
-        self.provider = self._choose_provider(provider, about["activations"])
-        if cuda_graph and self.provider != CUDA:
-            raise ValueError("cuda_graph needs the CUDA provider; leave it out, or use cuda")
-        self.session = open_session(
+        self.session, self.provider = start_session(
             self.file,
-            self.provider,
+            about,
+            provider,
+            heads=attention_heads(graph),
             device_id=device_id,
             threads=threads,
             cuda_graph=cuda_graph,
-            accuracy_level=about["accuracy_level"],
         )
         self.cuda_graph = cuda_graph
         self.device = ("cuda", device_id) if self.provider == CUDA else ("cpu", 0)
@@ -111,21 +108,6 @@ class OnnxModel:
         self._buffers: list[ort.OrtValue] = []
         self._fixed: FixedSteps | None = None
         self._graphs = 0
-
-    def _choose_provider(self, asked: str | None, activations: str) -> str:
-        name = choose_provider(asked)
-        if name == CUDA and self.ops == "fused" and activations == "fp32":
-            if asked is None:
-                return CPU
-            raise ValueError(
-                f"{self.file}: GroupQueryAttention on CUDA has no float32; use --provider cpu, or "
-                "export with --precision fp16 or --ops standard"
-            )
-        if name == CPU and activations == "bf16":
-            raise ValueError(
-                f"{self.file}: {name} has no bfloat16; use CUDA, or export fp32 or fp16"
-            )
-        return name
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Logits of one sequence, float32 [L, vocab]; row i follows token i.

@@ -1,7 +1,7 @@
 """Open an exported graph in onnxruntime, once its files are known to be sound."""
 
-import ctypes
 import sys
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -10,8 +10,14 @@ from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo
 from packaging.version import Version
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-CPU, CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
+from parscale_export.runtime.provider import (
+    CPU,
+    CUDA,
+    choose_provider,
+    cuda_options,
+    cuda_refusal,
+)
+
 # Before it, Attention with grouped heads, a past and a mask fails in float32 and errs in float16.
 STANDARD_SINCE = Version("1.25")
 
@@ -118,6 +124,14 @@ def read_graph(file: Path) -> onnx.ModelProto:
     return model
 
 
+def attention_heads(graph: onnx.ModelProto) -> int:
+    """The query heads of GroupQueryAttention; 0 where a graph does not have it."""
+    for node in graph.graph.node:
+        if node.op_type == "GroupQueryAttention":
+            return next(a.i for a in node.attribute if a.name == "num_heads")
+    return 0
+
+
 def check_operators(file: Path, ops: str) -> None:
     """Refuse standard operators where onnxruntime's own of them are not sound.
 
@@ -129,6 +143,58 @@ def check_operators(file: Path, ops: str) -> None:
             f"{file}: standard operators need onnxruntime {STANDARD_SINCE} or later, this is "
             f"{ort.__version__}; export with --ops fused"
         )
+
+
+def start_session(
+    file: Path,
+    about: dict[str, str],
+    asked: str | None,
+    *,
+    heads: int = 0,
+    device_id: int = 0,
+    threads: int | None = None,
+    cuda_graph: bool = False,
+) -> tuple[ort.InferenceSession, str]:
+    """A session on the asked-for provider, or by default on CUDA where it can run the graph.
+
+    Where there is a CUDA device and it is not used by default, a line on standard error says why.
+
+    Args:
+        about: the graph's metadata.
+        asked: "cpu", "cuda", a provider's full name, or None.
+        heads: the query heads of GroupQueryAttention.
+
+    Returns:
+        The session, and its provider's full name.
+
+    Raises:
+        ValueError: the provider is not there, does not start, or cannot run the graph.
+    """
+    name, reason = choose_provider(asked)
+    refusal = cuda_refusal(about, heads) if name == CUDA else None
+    if refusal and asked is not None:
+        raise ValueError(f"{file}: {refusal}")
+    if refusal:
+        name, reason = CPU, refusal
+    start = partial(open_session, file, threads=threads, accuracy_level=about["accuracy_level"])
+    if name == CUDA:
+        try:
+            return start(name, device_id=device_id, cuda_graph=cuda_graph), name
+        except ValueError as error:
+            if asked is not None:
+                raise
+            name, reason = CPU, str(error)
+    if cuda_graph:
+        because = f": {reason}" if reason else "; leave it out, or use cuda"
+        raise ValueError(f"cuda_graph needs the CUDA provider{because}")
+    if name == CPU and about["activations"] == "bf16":
+        because = f" ({reason})" if reason else ""
+        raise ValueError(
+            f"{file}: {name} has no bfloat16; use CUDA{because}, or export fp32 or fp16"
+        )
+    if reason:
+        print(f"running on the CPU, not on CUDA: {reason}", file=sys.stderr)
+    return start(name), name
 
 
 def open_session(
@@ -153,51 +219,15 @@ def open_session(
         options.intra_op_num_threads = threads
     providers: list = [CPU]
     if name == CUDA:
-        settings = {
-            "device_id": str(device_id),
-            "enable_cuda_graph": str(int(cuda_graph)),
-            "use_tf32": "0",  # float32 is to be float32
-        }
-        providers = [(CUDA, settings), *providers]
+        providers = [(CUDA, cuda_options(device_id, cuda_graph)), *providers]
     elif name != providers[0]:
         providers = [name, *providers]
     try:
-        session = ort.InferenceSession(str(file), options, providers=providers)
+        # Without a second try of its own, which would be reported on standard output.
+        session = ort.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common class of their own
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: {name} cannot run this graph: {reason}") from error
     if session.get_providers()[0] != name:
         raise ValueError(f"{name} was asked for but did not start here; use --provider cpu")
     return session
-
-
-def choose_provider(provider: str | None) -> str:
-    """The full name of the asked-for provider; by default CUDA where it works, else the CPU.
-
-    Raises:
-        ValueError: this onnxruntime lacks it, or there is no device for it.
-    """
-    available = ort.get_available_providers()
-    if provider is None:
-        return CUDA if CUDA in available and cuda_works() else CPU
-    name = PROVIDERS.get(provider.lower(), provider)
-    if name not in available:
-        known = ", ".join(available)
-        raise ValueError(f"provider {provider!r} is not in this onnxruntime, which has {known}")
-    if name == CUDA and not cuda_works():
-        raise ValueError("provider 'cuda' was asked for, but there is no CUDA device here")
-    return name
-
-
-def cuda_works() -> bool:
-    """Whether the driver is there and knows a device; onnxruntime-gpu installs without either."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return False
-    if count.value and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # the CUDA libraries that pip installed, if it did
-    return count.value > 0
