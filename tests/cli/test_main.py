@@ -29,7 +29,10 @@ def test_the_packages_keep_to_their_engines(package):
     code = (
         f"import pkgutil, importlib, sys, {package} as p\n"
         "for m in pkgutil.walk_packages(p.__path__, p.__name__ + '.'):\n"
-        "    importlib.import_module(m.name)\n"
+        "    try:\n"
+        "        importlib.import_module(m.name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        "        assert error.name in ('lm_eval', 'torch', 'scipy', 'matplotlib'), error\n"
         f"assert {foreign!r} not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
