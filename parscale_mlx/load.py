@@ -133,6 +133,7 @@ def open_models(
     streams: Sequence[int] = (),
     *,
     parallel: str | None = None,
+    dequantize: bool = False,
 ) -> tuple[dict[int, Model], TokenizerWrapper]:
     """Load a model and the stream adapters over it.
 
@@ -140,6 +141,7 @@ def open_models(
         adapters: folders; with none, those that came with the model, in its folder ``adapters``.
         streams: numbers of them to have models of; by default all that there are.
         parallel: as for ``load``. Each model then has arrays of its own.
+        dequantize: see ``load_model``.
 
     Returns:
         By number of streams, models that share their backbone's arrays; and the tokenizer.
@@ -151,12 +153,12 @@ def open_models(
     found = find_adapters(folder, adapters)
     if streams:
         found = {n: _pick(found, n) for n in streams}
-    backbone, config = load_model(folder, lazy=parallel is not None)
+    backbone, config = load_model(folder, lazy=parallel is not None, dequantize=dequantize)
     models = {}
     for count, adapter in sorted(found.items()):
         model = backbone
         if parallel is not None:
-            model, _ = load(folder, adapter_path=adapter, parallel=parallel)
+            model, _ = load(folder, adapter_path=adapter, dequantize=dequantize, parallel=parallel)
         elif adapter is not None:
             model = with_streams(backbone, load_adapter(adapter, backbone=folder))
         _warm_up(model)

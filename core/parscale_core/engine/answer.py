@@ -1,21 +1,31 @@
 """An answer on its way from the engine's thread to the thread that asked."""
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from parscale_core.engine.request import Piece
 from parscale_core.engine.state import RequestState
 
 
 class Answer:
-    """The ``Handle`` of a request: the engine's thread puts pieces in, another takes them out."""
+    """The ``Handle`` of a request: the engine's thread puts pieces in, another takes them out.
 
-    def __init__(self, state: RequestState):
+    Args:
+        on_cancel: what ``cancel`` does, if not to set ``state.cancelled``.
+
+    Attributes:
+        is_dropped: nobody will ever take the pieces out.
+    """
+
+    def __init__(self, state: RequestState, on_cancel: Callable[[], object] | None = None):
         self.state = state
+        self.is_dropped = False
+        self._on_cancel = on_cancel
         self._pieces: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
 
     def put(self, piece: Piece) -> None:
-        self._pieces.put(piece)
+        if not self.is_dropped:
+            self._pieces.put(piece)
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error, raised where its pieces are taken out."""
@@ -37,4 +47,7 @@ class Answer:
                 self.cancel()
 
     def cancel(self) -> None:
-        self.state.cancelled = True
+        if self._on_cancel is not None:
+            self._on_cancel()
+        else:
+            self.state.cancelled = True

@@ -22,7 +22,7 @@ class RequestState:
         tokens: the answer's tokens, one that ended it included.
         max_tokens: new tokens at most, as the request and the context allow.
         finish_reason: None while the answer goes on.
-        cancelled: set from any thread to end the answer.
+        cancelled, timed_out: set from any thread to end the answer.
         cached_tokens: set by the engine; the first piece tells it.
     """
 
@@ -40,7 +40,7 @@ class RequestState:
         if context_length is not None:
             self.max_tokens = min(self.max_tokens, context_length - len(request.prompt))
         self.finish_reason: FinishReason | None = None
-        self.cancelled = False
+        self.cancelled = self.timed_out = False
         self.cached_tokens = 0
         self._detokenizer = Detokenizer(tokenizer)
         self._stop = StopStrings(request.stop)
@@ -88,7 +88,8 @@ class RequestState:
         if self.cancelled:
             return "cancelled"
         deadline = self.request.deadline
-        return "timeout" if deadline is not None and time.monotonic() >= deadline else None
+        is_late = deadline is not None and time.monotonic() >= deadline
+        return "timeout" if self.timed_out or is_late else None
 
     def _rest(self) -> str:
         if self._stop.found:

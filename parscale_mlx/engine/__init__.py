@@ -1,0 +1,7 @@
+"""Generation on MLX: continuous batches over mlx-lm's, one a number of streams."""
+
+from parscale_mlx.engine.engine import MlxEngine
+from parscale_mlx.engine.opening import open_engine
+from parscale_mlx.engine.work import CacheOptions
+
+__all__ = ["CacheOptions", "MlxEngine", "open_engine"]

@@ -1,0 +1,89 @@
+"""Load models for an engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from parscale_mlx.default_model import EMBEDDED
+from parscale_mlx.engine.engine import MlxEngine
+from parscale_mlx.load import (
+    find_adapters,
+    find_folder,
+    identity,
+    load_draft,
+    open_models,
+    read_config,
+)
+from parscale_mlx.ranks import check_same
+
+import mlx.core as mx
+import psutil
+
+# Of the free memory, what plain weights may take.
+MEMORY_SHARE = 0.5
+
+
+def open_engine(
+    model: str | Path | None,
+    *,
+    adapters: Sequence[Path] = (),
+    streams: Sequence[int] | Literal["all"] = (),
+    default: int | None = None,
+    draft_model: str | None = None,
+    parallel: str | None = None,
+    dequantize: bool | None = None,
+    **options: Any,
+) -> MlxEngine:
+    """Load a model, and the stream adapters over it, and start an engine.
+
+    Args:
+        model: a folder or a name on the hub; None for the small model of this package.
+        adapters: folders; with none, those that came with the model.
+        streams: the numbers that requests may choose, the default first; with none, the most that
+            there are; "all" for each that there is.
+        default: of all; by default the most.
+        draft_model: a folder or a name on the hub.
+        parallel: as for ``parscale_mlx.load``.
+        dequantize: compute with plain weights; by default on the CPU, which is many times faster
+            with them, where they fit in half of the free memory.
+        options: for ``MlxEngine``.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``parscale_mlx.load``; there is no model of
+            so many streams; the draft model has another vocabulary.
+    """
+    folder = find_folder(model or EMBEDDED)
+    there = find_adapters(folder, adapters)
+    if streams == "all":
+        first = default or max(there)
+        wanted: Sequence[int] = (first, *sorted(set(there) - {first}))
+    else:
+        wanted = tuple(streams) or (default or max(there),)
+    if dequantize is None:
+        dequantize = parallel is None and plain_weights_are_better(folder)
+    models, tokenizer = open_models(
+        folder, adapters, wanted, parallel=parallel, dequantize=dequantize
+    )
+    draft = None
+    if draft_model is not None:
+        draft_folder = find_folder(draft_model)
+        first_model = next(iter(models.values()))
+        if first_model.parallel is not None:
+            check_same(first_model.parallel.group, identity(draft_folder))
+        draft = load_draft(draft_folder, tokenizer)
+    engine = MlxEngine({n: models[n] for n in wanted}, tokenizer, draft_model=draft, **options)
+    if dequantize:
+        engine.notes.append("the quantised weights are held as plain ones: faster on this CPU")
+    return engine
+
+
+def plain_weights_are_better(folder: Path) -> bool:
+    """Whether a model's weights are quantised, MLX computes on the CPU, and plain ones fit."""
+    config = read_config(folder)
+    quantized = config.get("quantization") or config.get("quantization_config")
+    if not quantized or mx.default_device() != mx.cpu:
+        return False
+    # The scales and biases of the groups are part of the files, and little.
+    bits = quantized.get("bits", 4)
+    plain = sum(file.stat().st_size for file in folder.glob("*.safetensors")) * 32 / bits
+    return plain < MEMORY_SHARE * psutil.virtual_memory().available
