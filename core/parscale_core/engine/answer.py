@@ -1,6 +1,7 @@
 """An answer on its way from the engine's thread to the thread that asked."""
 
 import queue
+import threading
 from collections.abc import Callable, Iterator
 
 from parscale_core.engine.request import Piece
@@ -22,14 +23,25 @@ class Answer:
         self.is_dropped = False
         self._on_cancel = on_cancel
         self._pieces: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+        self._take = self._pieces.put
+        self._taking = threading.Lock()
 
     def put(self, piece: Piece) -> None:
         if not self.is_dropped:
-            self._pieces.put(piece)
+            with self._taking:
+                self._take(piece)
 
     def fail(self, error: Exception) -> None:
         """End the answer with an error, raised where its pieces are taken out."""
-        self._pieces.put(error)
+        with self._taking:
+            self._take(error)
+
+    def listen(self, take: Callable[[Piece | Exception], object]) -> None:
+        """As the protocol."""
+        with self._taking:
+            while not self._pieces.empty():
+                take(self._pieces.get())
+            self._take = take
 
     def __iter__(self) -> Iterator[Piece]:
         finished = False

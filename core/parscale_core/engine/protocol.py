@@ -1,6 +1,6 @@
 """The engine protocol: one loop a runtime serves every command and the HTTP server."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from parscale_core.engine.request import Piece, Request
@@ -17,6 +17,11 @@ class Handle(Protocol):
             ArithmeticError: the logits are not numbers; says the likely reason.
             RuntimeError: the engine failed or was closed.
         """
+        ...
+
+    def listen(self, take: Callable[[Piece | Exception], object]) -> None:
+        """Instead of iterating: have each piece, or the error that ends the answer, given to
+        ``take`` on the engine's thread, which waits for it to return."""
         ...
 
     def cancel(self) -> None:
