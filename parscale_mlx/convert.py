@@ -5,12 +5,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from parscale_mlx import checkpoint, gguf, graft, hub
 from parscale_mlx.adapter import is_prefix
 from parscale_mlx.default_model import SMOLLM2
 from parscale_mlx.drop_in import add_model_file, check_model_file
+from parscale_mlx.finite import check_weights
 from parscale_mlx.load import (
     find_folder,
     load_model,
@@ -33,6 +35,7 @@ from parscale_mlx.output import check_output, place, working_folder
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, quantize_model
+from parscale_core.finite import not_finite
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATION_MODES = {  # mode: its default group size and bits
@@ -148,6 +151,7 @@ def convert(
         return _describe(output, model, config)
     with working_folder(output) as work, _naming(found, work / "source"):
         folder = _stage(found, work / "source", cast, progress)
+        check_weights(checkpoint.safetensors_files(folder), cast)
         model, config = load_model(folder, lazy=True, dtype=cast)
         perplexities = None
         if streams is not None:
@@ -283,6 +287,8 @@ def _graft(
         prefixes = graft.make_prefixes(runner, pieces.prefixes)
         graft.graft(runner, config, prefixes)
         after = graft.perplexity(runner, pieces.held_out, bar.update)
+        if not isfinite(before + after):
+            raise ArithmeticError(not_finite(f"{folder}: the logits have"))
     graft.graft(model, config, prefixes)
     return config, (before, after)
 

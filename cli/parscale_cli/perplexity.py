@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from parscale_core.finite import not_finite
 
 from parscale_cli.adapters import many_streams_options
 from parscale_cli.parallel import parallel_option
@@ -24,12 +26,13 @@ class Scorer:
     """A model that tells the losses of given tokens, whichever engine runs it.
 
     Attributes:
+        context: tokens of a text at most; None for no end.
         losses: of texts' tokens but the first, in nats.
         group: the processes that share the model, if several do.
     """
 
     tokenizer: Any
-    context: int
+    context: int | None
     losses: Callable[[list[list[int]]], list[list[float]]]
     group: Any = None
 
@@ -95,8 +98,8 @@ def perplexity(
     documents = [document for file in files for document in read_documents(file)]
     losses: dict[int, list[float]] = {}
     for count, scorer in _scorers(model, adapters, streams, runtime, parallel):
-        size = min(window or ENOUGH, scorer.context)
-        if window is not None and window > scorer.context:
+        size = window or min(ENOUGH, scorer.context or ENOUGH)
+        if scorer.context is not None and size > scorer.context:
             raise click.UsageError(
                 f"--window {window} is longer than the model's context of {scorer.context}"
             )
@@ -167,7 +170,10 @@ def _window_losses(scorer: Scorer, parts: list, batch_size: int, name: str) -> I
             batch = parts[begin : begin + batch_size]
             rows = scorer.losses([part.tokens for part in batch])
             for part, row in zip(batch, rows, strict=True):
-                yield sum(row[-part.scored :])
+                loss = sum(row[-part.scored :])
+                if not isfinite(loss):
+                    raise ArithmeticError(not_finite(f"{name}: the losses have"))
+                yield loss
             bar.update(len(batch))
 
 

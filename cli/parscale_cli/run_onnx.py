@@ -1,11 +1,11 @@
 """Generation on onnxruntime, from a folder that ``parscale export-onnx`` wrote."""
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
+from parscale_core.checkpoint.tokenizer import end_tokens
 from parscale_export import OnnxModel
 from tokenizers import Tokenizer, decoders
 
@@ -47,7 +47,8 @@ class OnnxRuntime:
         self.streams = self.model.streams
         folder = path if path.is_dir() else path.parent
         self.tokenizer = load_tokenizer(folder)
-        self.ends = end_tokens(folder, self.tokenizer)
+        own = self.tokenizer.eos_token_id
+        self.ends = frozenset(end_tokens(folder) + ([] if own is None else [own]))
         self.keep_cache = False
 
     def require_streams(self) -> None:
@@ -156,24 +157,3 @@ def load_tokenizer(folder: Path):
         raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-
-
-def end_tokens(folder: Path, tokenizer) -> frozenset[int]:
-    """The tokens that end a text: generation_config.json's or config.json's, and the tokenizer's.
-
-    Raises:
-        ValueError: one of the files is not a JSON object.
-    """
-    ends: list[int] = []
-    for name in ("config.json", "generation_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        try:
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file}: not a JSON object") from error
-        if found is not None:
-            ends = found if isinstance(found, list) else [found]
-    own = tokenizer.eos_token_id
-    return frozenset(ends if own is None else [*ends, own])

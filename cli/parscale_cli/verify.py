@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import click
+from parscale_core.finite import not_finite
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -80,12 +81,16 @@ def verify(
     default_difference, default_kl = TOLERANCES[model.precision]
     limit = default_difference if max_difference is None else max_difference
     kl_limit = default_kl if max_kl is None else max_kl
-    report["within_tolerance"] = report["max_difference"] <= limit and report["mean_kl"] <= kl_limit
+    report["within_tolerance"] = (
+        report["finite"] and report["max_difference"] <= limit and report["mean_kl"] <= kl_limit
+    )
     report["precision"] = model.precision
     if as_json:
         click.echo(json.dumps(report))
-    else:
+    elif report["finite"]:
         _print(report, limit, kl_limit)
+    if not report["finite"]:
+        raise ArithmeticError(not_finite(f"{export}: the logits have"))
     if not report["within_tolerance"]:
         ctx.exit(1)
 
@@ -116,6 +121,8 @@ class _Reference:
         for _ in range(tokens):
             last = self.model(mx.array([ids[-1:] if logits else ids]), cache=cache)[0, -1]
             logits.append(np.array(last.astype(mx.float32)))
+            if not np.isfinite(logits[-1]).all():
+                raise ArithmeticError(not_finite(f"{self.folder}: the logits have"))
             ids.append(int(logits[-1].argmax()))
         return ids[len(prompt) :], np.stack(logits)
 
@@ -143,6 +150,9 @@ def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int
         expected_tokens, expected = reference.greedy(prompt, tokens)
         # Both follow the reference's tokens, so that one early difference does not hide the rest.
         actual = model.continuation_logits(prompt, expected_tokens[:-1])
+        if not np.isfinite(actual).all():
+            measures = ("max_difference", "mean_kl", "max_kl", "greedy_parts_at")
+            return {"prompts": n + 1, "tokens": tokens, "finite": False} | dict.fromkeys(measures)
         differences.append(float(np.abs(actual - expected).max()))
         p, q = _log_softmax(expected), _log_softmax(actual)
         divergences.append((np.exp(p) * (p - q)).sum(-1))
@@ -153,6 +163,7 @@ def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int
     return {
         "prompts": len(prompts),
         "tokens": tokens,
+        "finite": True,
         "max_difference": max(differences),
         "mean_kl": max(float(every.mean()), 0.0),
         "max_kl": max(float(every.max()), 0.0),

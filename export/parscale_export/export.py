@@ -1,5 +1,6 @@
 """Write a model folder as an ONNX folder: graph, external data, configuration and tokenizer."""
 
+import errno
 import hashlib
 import shutil
 import tempfile
@@ -22,6 +23,8 @@ from parscale_export.rope import inverse_frequencies
 from parscale_export.weights import BITS, FLOATS
 
 PRECISIONS = (*FLOATS, *BITS)
+# What renaming a folder to a place says where another stands there.
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 LARGE = 1024  # bytes; a larger tensor is kept beside its graph
 _CHOICES = {
     "target": tuple(targets.PRESETS),
@@ -113,7 +116,7 @@ def export_onnx(
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
     longest = max(c.config.prefix_length if c.config.streams > 1 else 0 for c in checkpoints)
     options = replace(options, longest_prefix=longest)
-    with _appearing(output) as folder:
+    with _appearing(output, force=force) as folder:
         graph, data = targets.file_names(target, options)
         (folder / graph).parent.mkdir(exist_ok=True)
         _write_models(checkpoints, options, folder / graph, data, progress)
@@ -229,20 +232,29 @@ def _check_model(config: Config, options: Options, folder: Path) -> None:
 
 
 @contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its place at the end, or vanishes."""
+def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
+    """A new folder beside ``output`` that takes its place at the end, or vanishes.
+
+    Raises:
+        FileExistsError: another process wrote ``output`` meanwhile.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     folder, replaced = work / "new", work / "old"
+    meanwhile = f"{output} was made by another process meanwhile"
     folder.mkdir()
     try:
         yield folder
-        if output.exists():
+        if output.exists() or output.is_symlink():
+            if not force:
+                raise FileExistsError(meanwhile)
             output.rename(replaced)
         folder.rename(output)
-    except BaseException:
+    except BaseException as error:
         if replaced.exists() and not output.exists():
             replaced.rename(output)
+        if isinstance(error, OSError) and error.errno in TAKEN:  # since the lines above
+            raise FileExistsError(meanwhile) from error
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from parscale_core.checkpoint.tokenizer import end_tokens, read_object
+
 from parscale_export.config import Config
 from parscale_export.graph import Options, folded_heads
 
@@ -19,6 +21,7 @@ TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer.model", "chat_template*", "special_tokens_map.json",
     "added_tokens.json", "generation_config.json", "merges.txt", "vocab.json", "vocab.txt",
 )  # fmt: skip
+GENERATION = "generation_config.json"
 # Of a Hugging Face config, what no longer holds once the model is a graph.
 _LEFT_OUT = ("auto_map", "quantization", "quantization_config", "torch_dtype", "dtype")
 _WEB_SUFFIXES = {
@@ -45,12 +48,23 @@ def write_side_files(
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     ours = {name: value for name, value in config.raw.items() if name not in _LEFT_OUT}
+    ends = end_tokens(source)
+    if ends:
+        # Most runtimes read one of the files only, so each names every end.
+        ours["eos_token_id"] = _one_or_all(ends)
+        if generation := read_object(source / GENERATION):
+            generation["eos_token_id"] = ours["eos_token_id"]
+            _write_json(folder / GENERATION, generation)
     if target == "web":
         ours |= _ordinary_decoder(config, options)
         ours["transformers.js_config"] = _transformers_js(Path(file_names(target, options)[0]).name)
     _write_json(folder / "config.json", ours)
     if target == "genai":
-        _write_json(folder / "genai_config.json", _genai_config(source, config, options))
+        _write_json(folder / "genai_config.json", _genai_config(source, config, options, ends))
+
+
+def _one_or_all(ends: list[int]) -> int | list[int]:
+    return ends if len(ends) > 1 else ends[0]
 
 
 def _transformers_js(graph: str) -> dict[str, Any]:
@@ -70,22 +84,17 @@ def _ordinary_decoder(config: Config, options: Options) -> dict[str, Any]:
     }
 
 
-def _genai_config(source: Path, config: Config, options: Options) -> dict[str, Any]:
+def _genai_config(
+    source: Path, config: Config, options: Options, ends: list[int]
+) -> dict[str, Any]:
     heads, kv_heads, _ = folded_heads(config, options.kv_layout)
-    generation = source / "generation_config.json"
-    tokens = dict(config.raw)
-    if generation.is_file():
-        tokens |= json.loads(generation.read_text(encoding="utf-8"))
-    eos = tokens.get("eos_token_id")
-    first_eos = eos[0] if isinstance(eos, list) else eos
-    ends = {
-        "bos_token_id": tokens.get("bos_token_id"),
-        "eos_token_id": eos,
-        "pad_token_id": first_eos if tokens.get("pad_token_id") is None else tokens["pad_token_id"],
-    }
+    named = config.raw | read_object(source / GENERATION)
+    first = {n: named[n] for n in ("bos_token_id", "pad_token_id") if named.get(n) is not None}
+    if ends:
+        first = {"pad_token_id": ends[0], "eos_token_id": _one_or_all(ends)} | first
     return {
         "model": {
-            **{name: token for name, token in ends.items() if token is not None},
+            **first,
             "context_length": config.max_position_embeddings,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},

@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from parscale_core.finite import not_finite
 
 from parscale_export.checkpoint import Checkpoint
 from parscale_export.quantize import Blocks, pack, quantize
@@ -42,6 +43,8 @@ class Weights:
     def array(self, names: Sequence[str]) -> np.ndarray:
         """Tensors stacked along their rows: a packed projection's weight [out, in], or a bias."""
         tensors = [self.checkpoint.tensor(name) for name in names]
+        for name, tensor in zip(names, tensors, strict=True):
+            _check_finite(name, tensor)
         return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
     def floats(
@@ -53,7 +56,12 @@ class Weights:
     ) -> ir.LazyTensor:
         """A tensor of the activations' type (or ``dtype``), computed when it is written."""
         numpy_dtype = self.numpy_dtype if dtype is None else dtype.numpy()
-        return lazy(name, shape, dtype or self.dtype, lambda: compute().astype(numpy_dtype))
+
+        def cast() -> np.ndarray:
+            with np.errstate(over="ignore"):  # what becomes infinite is refused
+                return compute().astype(numpy_dtype)
+
+        return lazy(name, shape, dtype or self.dtype, cast)
 
     def codes(
         self,
@@ -126,11 +134,18 @@ def lazy(
 
     def make() -> ir.Tensor:
         array = compute()
+        if dtype.is_floating_point():
+            _check_finite(name, array)
         if dtype == ir.DataType.UINT4:
             array = array.astype(ml_dtypes.uint4)
         return ir.Tensor(array, dtype=dtype, name=name)
 
     return ir.LazyTensor(make, dtype, ir.Shape(shape), name=name)
+
+
+def _check_finite(name: str, array: np.ndarray) -> None:
+    if not np.isfinite(array).all():
+        raise ValueError(not_finite(f"{name} has"))
 
 
 def _present(array: np.ndarray | None) -> np.ndarray:

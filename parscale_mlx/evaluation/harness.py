@@ -1,8 +1,9 @@
 """lm-evaluation-harness over a ParScale model, through mlx-lm's adapter."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from parscale_core.finite import not_finite
 
 
 class ModelInHarness(MLXLM):
@@ -34,8 +36,33 @@ class ModelInHarness(MLXLM):
     ):
         LM.__init__(self)
         self._model, self.tokenizer = model, tokenizer
-        self._max_tokens, self._batch_size = max_tokens, batch_size
-        self.use_chat_template, self._sampler = use_chat_template, None
+        # mlx-lm's adapter would also cut prompts to be scored to this many tokens.
+        self._max_tokens, self._answer_tokens = None, max_tokens
+        self._batch_size, self._sampler = batch_size, None
+        self.use_chat_template = use_chat_template
+
+    def generate_until(self, requests):
+        self._max_tokens = self._answer_tokens
+        try:
+            return super().generate_until(requests)
+        finally:
+            self._max_tokens = None
+
+    def loglikelihood(self, requests):
+        scored = super().loglikelihood(requests)
+        _check_scores(score for score, _ in scored)
+        return scored
+
+    def loglikelihood_rolling(self, requests):
+        scores = super().loglikelihood_rolling(requests)
+        _check_scores(scores)
+        return scores
+
+
+def _check_scores(scores: Iterable[float]) -> None:
+    # Where no prompt is left, mlx-lm says -inf.
+    if any(isnan(score) for score in scores):
+        raise ArithmeticError(not_finite("the model's logits have"))
 
 
 def open_tasks(names: Sequence[str], folders: Sequence[Path]) -> tuple[TaskManager, list[str]]:

@@ -368,6 +368,10 @@ def test_tasks_of_the_harness_on_local_data(parscale, backbone, adapter, tmp_pat
         assert figure["value"] == pytest.approx(hits / 8) and figure["error"] > 0
     assert figures["tiny_answer", "exact_match", 4]["value"] == 0.5
     assert figures["tiny_answer", "exact_match", 1]["value"] < 0.5
+    # A limit on answers does not cut what is asked.
+    run_short = (*run, "--tasks", "tiny_choice", "--no-chat-template", "-n", 2, "--json")
+    for figure in json.loads(parscale(*run_short).stdout)["figures"]:
+        assert figure == figures[figure["task"], figure["metric"], figure["streams"]]
     table = parscale(*run, "--tasks", "tiny_choice", "--limit", 4, "--streams", 4)
     assert table.stdout.splitlines()[0].split() == ["task", "metric", "P=4"]
 

@@ -198,6 +198,7 @@ def test_system_prompt(parscale, model, plain_model):
         (["-p", "a", "-n", "0"], "--max-tokens"),
         (["-p", "a", "--temp", "-1"], "--temp"),
         (["-p", "a", "--top-p", "1.5"], "--top-p"),
+        (["-p", "a", "--top-p", "0", "--temp", "1"], "--top-p"),
         (["-p", "a", "--kv-bits", "7"], "--kv-bits"),
         (["-p", "a", "--max-kv-size", "3"], "--max-kv-size"),
         (["-p", "a", "--prompts-file", "/nowhere.jsonl"], "--prompts-file"),

@@ -233,7 +233,7 @@ def test_refusals(parscale, model, export, plain_export, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(export, bare)
     (bare / "generation_config.json").write_text("[")
-    assert "generation_config.json: not a JSON" in error_line(parscale(*run, "--model", bare))
+    assert "generation_config.json: not valid JSON" in error_line(parscale(*run, "--model", bare))
     (bare / "tokenizer.json").write_text("{")
     assert "the tokenizer cannot be read" in error_line(parscale(*run, "--model", bare))
     (bare / "tokenizer.json").unlink()

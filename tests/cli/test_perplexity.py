@@ -98,8 +98,9 @@ def test_every_token_is_scored_once(length, size, stride):
     assert all(part.scored <= len(part.tokens) - (size - stride) for part in parts[1:])
 
 
-def test_onnxruntime_says_the_same(parscale, model, file, tmp_path):
-    export = export_onnx(model, tmp_path / "onnx", all_logits=True)
+@pytest.mark.parametrize("ops", ["fused", "standard"])
+def test_onnxruntime_says_the_same(parscale, model, file, tmp_path, ops):
+    export = export_onnx(model, tmp_path / "onnx", all_logits=True, ops=ops)
     arguments = ("--window", 30, "--limit", 10)
     in_mlx = run(parscale, file, "--model", model, *arguments)
     on_onnx = run(parscale, file, "--model", export, *arguments)
@@ -107,6 +108,8 @@ def test_onnxruntime_says_the_same(parscale, model, file, tmp_path):
         in_mlx["scores"][0]["perplexity"], rel=1e-3
     )
     assert on_onnx["tokens"] == in_mlx["tokens"] and on_onnx["windows"] == 10
+    whole = run(parscale, file, "--model", export)
+    assert whole["windows"] == run(parscale, file, "--model", model)["windows"] == 30
     last_only = export_onnx(model, tmp_path / "last")
     assert "all_logits" in error_line(parscale("perplexity", file, "--model", last_only))
 

@@ -71,6 +71,22 @@ def test_side_files(tmp_path):
     assert "auto_map" not in read(folder / "config.json")
 
 
+@pytest.mark.parametrize("target", [None, "genai", "web"])
+def test_side_files_name_every_end(tmp_path, target):
+    model = variant(tmp_path / "model", eos_token_id=9)
+    (model / "generation_config.json").write_text('{"eos_token_id": [9, 7], "pad_token_id": 5}')
+    (model / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    added = [{"id": 11, "content": "<end>", "special": True}]
+    (model / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    folder = export_onnx(model, tmp_path / "out", target=target)
+    for name in ("config.json", "generation_config.json"):
+        assert read(folder / name)["eos_token_id"] == [9, 7, 11]
+    assert read(folder / "generation_config.json")["pad_token_id"] == 5
+    if target == "genai":
+        about = read(folder / "genai_config.json")["model"]
+        assert (about["eos_token_id"], about["pad_token_id"]) == ([9, 7, 11], 5)
+
+
 def test_target_genai(tmp_path):
     folder = export_onnx(with_tokenizer(tmp_path / "model"), tmp_path / "out", target="genai")
     config = read(folder / "genai_config.json")

@@ -145,6 +145,32 @@ def test_existing_outputs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "export"])
+def test_what_appeared_meanwhile_is_kept(tmp_path, kind):
+    """Another process writes to the same output while an export runs."""
+    output = tmp_path / "out"
+
+    def appear(done, total):
+        if output.exists():
+            return
+        if kind == "file":
+            output.write_text("a letter")
+        elif kind == "export":
+            export_onnx(GOLDEN / "p4", output)
+        else:
+            output.mkdir()
+            if kind == "folder":
+                (output / "letter.txt").write_text("dear reader")
+
+    with pytest.raises(FileExistsError, match=r"out was made by another process meanwhile"):
+        export_onnx(GOLDEN / "p1", output, progress=appear)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if kind == "export":
+        assert OnnxModel.describe(output)["streams"] == "4"
+    if kind == "folder":
+        assert (output / "letter.txt").read_text() == "dear reader"
+
+
 def test_force_replaces_exports_only(tmp_path):
     papers = tmp_path / "papers"
     papers.mkdir()

@@ -534,8 +534,10 @@ def test_a_loss_that_is_no_number(settings, tmp_path, base):
     weights = mx.load(str(base / "model.safetensors"))
     weights["model.norm.weight"] = weights["model.norm.weight"] * float("nan")
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    with pytest.raises(RuntimeError, match=r"step 1: the loss is nan .* no checkpoint yet"):
+    with pytest.raises(ValueError, match="the logits have NaN"):
         train(settings(model=str(folder)))
+    with pytest.raises(RuntimeError, match=r"step \d: the loss is nan .* no checkpoint yet"):
+        train(settings(output=str(tmp_path / "steep"), lr=1e38, steps=9))
     train(settings(output=str(tmp_path / "bad"), save_every=1, steps=3))
     shutil.rmtree(tmp_path / "bad" / "adapter")
     stored = json.loads((tmp_path / "bad" / "run.json").read_text())

@@ -77,7 +77,7 @@ class OnnxModel:
         self.kv_layout, self.ops = about["kv_layout"], about["ops"]
         self.precision = about["precision"]
         self.all_logits = about["all_logits"] == "true"
-        self.context_length = int(about["context_length"])
+        self.context_length = int(about["context_length"]) or None
         self.shares_buffer = self.ops == "fused"
         check_operators(self.file, self.ops)
         self.prefill_chunk = prefill_chunk
@@ -251,14 +251,15 @@ class OnnxModel:
 
     def _start(self, batch: int, tokens: int) -> Cache:
         """An empty KV cache with room for so many tokens of each sequence."""
-        if self.context_length and tokens > self.context_length:
+        if self.context_length is not None and tokens > self.context_length:
             raise ValueError(
                 f"{tokens} tokens are more than the {self.context_length} that "
                 f"{self.file.name} was exported for"
             )
         rows = batch * (self.streams if self.kv_layout == "batch" else 1)
         if self.cuda_graph:  # so that one recording serves generations of various lengths
-            tokens = min(-(-tokens // ROOM) * ROOM, self.context_length)
+            room = -(-tokens // ROOM) * ROOM
+            tokens = min(room, self.context_length or room)
         capacity = tokens + self.prefix_length if self.shares_buffer else 0
         shape = [rows, self._kv_heads, capacity, self._head_dim]
         held = self._buffers[0].shape() if self._buffers else [0, 0, 0, 0]

@@ -1,0 +1,1 @@
+"""A model folder on disk, read without any engine."""
