@@ -23,7 +23,7 @@ class Answer:
         self.is_dropped = False
         self._on_cancel = on_cancel
         self._pieces: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
-        self._take = self._pieces.put
+        self._take: Callable[[Piece | Exception], object] = self._pieces.put
         self._taking = threading.Lock()
 
     def put(self, piece: Piece) -> None:
