@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
 
+from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import MAX_STREAMS, Aggregator, Model, ModelArgs, rotate
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_map
 
 MODEL_TYPES = {"qwen2": "qwen2_parscale", "llama": "llama_parscale"}
@@ -136,9 +136,8 @@ def perplexity(
     half = windows.shape[1] // 2
     total = 0.0
     for window in windows:
-        logits = model(window[None, :-1]).astype(mx.float32)[0, half:]
-        loss = nn.losses.cross_entropy(logits, window[half + 1 :], reduction="mean")
-        total += float(loss)
+        logits = model(window[None, :-1])[0, half:]
+        total += float(cross_entropy(logits, window[half + 1 :]).mean())
         on_window()
     return exp(total / len(windows))
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Model
 
 import mlx.core as mx
-import mlx.nn as nn
 
 # Tokens at a time: their logits, [batch, STEP, vocabulary] in float32, are what takes memory.
 STEP = 256
@@ -23,7 +23,7 @@ def token_losses(model: Model, texts: list[list[int]]) -> list[list[float]]:
     for begin in range(0, longest - 1, STEP):
         targets = ids[:, begin + 1 : begin + 1 + STEP]
         logits = model(ids[:, begin : begin + targets.shape[1]], cache=cache)
-        parts.append(nn.losses.cross_entropy(logits.astype(mx.float32), targets))
+        parts.append(cross_entropy(logits, targets))
         mx.eval(parts[-1], [c.state for c in cache])
     rows: Any = mx.concatenate(parts, axis=1).tolist()
     return [row[: len(text) - 1] for row, text in zip(rows, texts, strict=True)]

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Model, TransformerBlock
 from parscale_mlx.training import batches, machines
 from parscale_mlx.training.documents import Document
@@ -103,8 +104,7 @@ def grad_checkpointing(model: Model, wanted: bool) -> Iterator[None]:
 
 def summed_loss(model: Model, tokens: mx.array, counts: mx.array) -> tuple[mx.array, mx.array]:
     """Losses of tokens [B, L + 1], summed where ``counts`` [B, L] says, and how many those are."""
-    logits = model(tokens[:, :-1]).astype(mx.float32)
-    losses = nn.losses.cross_entropy(logits, tokens[:, 1:])
+    losses = cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
     return (losses * counts).sum(), counts.sum()
 
 
