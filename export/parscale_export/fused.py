@@ -39,18 +39,19 @@ class FusedOperators:
         self.new_prefix = b("Mul", first, n)
         self.total = b.cast(b("Squeeze", b("Add", total, n)), ir.DataType.INT32)
         # On a GPU, sizes are in the host's memory and what is computed from the mask is not. A
-        # tensor that crosses would cost a copy in every step and forbid CUDA graphs, so the sizes
-        # are counted once more on the device.
-        countdown = self._countdown(total)
-        whole, self.length = self._first(countdown), self._first(self._countdown(length))
-        self.is_first = b("Equal", self.length, whole)
+        # tensor that crosses would cost a copy in every step and forbid CUDA graphs, so what both
+        # need is made once more on the device.
+        self.is_first, self.length = self._on_device(first), self._on_device(length)
         self.tokens = b("ReduceSum", mask, b.constant([1]), keepdims=0)
         lengths = b.cast(b("Add", self.tokens, b.constant([self.prefix_length - 1])),
                          ir.DataType.INT32)  # fmt: skip
         self.lengths = b("Tile", lengths, b.constant([self.rows])) if self.rows > 1 else lengths
-        # A row's first token; in later calls its tokens are already where they belong.
-        remaining = b("ReduceMax", b("Mul", mask, countdown), b.constant([1]), keepdims=1)
-        self.start = b("Mul", b("Sub", whole, remaining), b.cast(self.is_first, ir.DataType.INT64))
+        # The padding before a row's first token; in later calls its tokens are already where they
+        # belong. Counted by sums: the largest of integers is a kernel of cuDNN's on CUDA.
+        seen = b("CumSum", mask, b.constant(1))
+        before = b.cast(b("Equal", seen, b.constant([0])), ir.DataType.INT64)
+        before = b("ReduceSum", before, b.constant([1]), keepdims=1)
+        self.start = b("Mul", before, self.is_first)
         self.columns = b("Range", b.constant(0), b("Squeeze", length), b.constant(1))
         rolled = b("Mod", b("Add", self.columns, self.start), self.length)
         self.token_ids = b("GatherElements", token_ids, rolled, axis=1)
@@ -58,14 +59,11 @@ class FusedOperators:
         if config.streams > 1:
             self.prefix_rows = self._prefix_rows(b.dimension(token_ids, 0))
 
-    def _countdown(self, size: ir.Value) -> ir.Value:
-        """From a size in the host's memory: size, ..., 2, 1 on the device."""
+    def _on_device(self, size: ir.Value) -> ir.Value:
+        """A number [1] in the host's memory, in the device's."""
         b = self.b
-        return b("Range", b("Squeeze", size), b.constant(0), b.constant(-1))
-
-    def _first(self, countdown: ir.Value) -> ir.Value:
-        b = self.b
-        return b("Slice", countdown, b.constant([0]), b.constant([1]))
+        start = b("Squeeze", size)
+        return b("Range", start, b("Add", start, b.constant(1)), b.constant(1))
 
     def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
         b, config = self.b, self.b.config
@@ -165,8 +163,8 @@ class FusedOperators:
             shifted = b("Sub", b("Add", self.columns, self.length), self.start)
             where = b("Unsqueeze", b("Mod", shifted, self.length), b.constant([2]))
             return b("GatherND", x, where, batch_dims=1)
-        count = b("Where", self.is_first, self.tokens, self.length)
-        last = b("Sub", count, b.constant([1]))
+        # In later calls a row has more tokens than are new.
+        last = b("Sub", b("Min", self.tokens, self.length), b.constant([1]))
         return b("GatherND", x, b("Unsqueeze", last, b.constant([1, 2])), batch_dims=1)
 
 

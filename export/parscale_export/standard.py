@@ -144,5 +144,10 @@ class StandardOperators:
         b = self.b
         if b.options.all_logits:
             return x
-        last = b("ArgMax", self.chunk_mask, axis=1, keepdims=1, select_last_index=1)
+        # As many columns as have a token in them or after them, less one: ArgMax of integers has no
+        # kernel on CUDA, and would send the mask to the host in every step.
+        to_come = b("CumSum", self.chunk_mask, b.constant(1), reverse=1)
+        there = b.cast(b("Greater", to_come, b.constant([0])), ir.DataType.INT64)
+        count = b("ReduceSum", there, b.constant([1]), keepdims=1)
+        last = b("Sub", count, b.constant([1]))
         return b("GatherND", x, b("Unsqueeze", last, b.constant([2])), batch_dims=1)

@@ -11,14 +11,14 @@ from parscale_export.runtime.provider import CUDA, count_devices
 # Inputs that CUDA kernels take from the host's memory, by position.
 HOST_INPUTS = {
     "Reshape": {1}, "Expand": {1}, "Tile": {1}, "Slice": {1, 2, 3, 4}, "Range": {0, 1, 2},
-    "Squeeze": {1}, "Unsqueeze": {1}, "ReduceSum": {1}, "ReduceMax": {1},
+    "Squeeze": {1}, "Unsqueeze": {1}, "ReduceSum": {1}, "CumSum": {1},
     "GroupQueryAttention": {6},
 }  # fmt: skip
 # Operators of the fused graphs that have a CUDA kernel for the types they are used with.
 CUDA_KERNELS = {
-    "Add", "Cast", "Concat", "Equal", "Expand", "Gather", "GatherElements", "GatherND", "Gemm",
-    "GroupQueryAttention", "MatMul", "MatMulNBits", "Mod", "Mul", "RMSNormalization", "Range",
-    "ReduceMax", "ReduceSum", "Reshape", "Sigmoid", "SkipSimplifiedLayerNormalization", "Slice",
+    "Add", "Cast", "Concat", "CumSum", "Equal", "Expand", "Gather", "GatherElements", "GatherND",
+    "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "Min", "Mod", "Mul", "RMSNormalization",
+    "Range", "ReduceSum", "Reshape", "Sigmoid", "SkipSimplifiedLayerNormalization", "Slice",
     "Softmax", "Split", "Squeeze", "Sub", "Tile", "Unsqueeze", "Where",
 }  # fmt: skip
 

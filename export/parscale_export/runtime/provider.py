@@ -72,13 +72,14 @@ def why_cuda_does_not_start() -> str | None:
 def missing_libraries() -> list[str]:
     """The libraries of CUDA that onnxruntime is linked with and that cannot be loaded here.
 
-    Those that pip installed are loaded on the way.
+    Those of the system and of LD_LIBRARY_PATH come first, then those that pip installed.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-        ort.preload_dlls()
     major = ort.cuda_version.partition(".")[0]
     pattern = "{}64_{}.dll" if sys.platform == "win32" else "lib{}.so.{}"
     names = [pattern.format(name, number or major) for name, number in _LIBRARIES.items()]
+    if not all(map(_loads, names)):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+            ort.preload_dlls()
     return [name for name in names if not _loads(name)]
 
 
