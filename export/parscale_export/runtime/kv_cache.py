@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnxruntime as ort
 
+from parscale_export.runtime.copies import Buffers
+
 if TYPE_CHECKING:
     from parscale_export.runtime.model import OnnxModel
 
-Buffers = list[ort.OrtValue]
 NOT_CAPTURED = "-1"
 
 
@@ -17,15 +18,16 @@ class Cache:
 
     Args:
         buffers: the cache's memory, for past and present alike; where the operators do not share
-            it, empty caches to begin with.
+            it, what came before.
+        rows: how many of the buffers' rows take part, from the first; by default all.
     """
 
-    def __init__(self, model: "OnnxModel", buffers: Buffers):
+    def __init__(self, model: "OnnxModel", buffers: Buffers, rows: int | None = None):
         self.model, self.pasts = model, buffers
         self.binding = model.session.io_binding()
         self.run_options = run_options(NOT_CAPTURED)
         if model.shares_buffer:
-            bind_buffers(self.binding, model, buffers)
+            bind_buffers(self.binding, model, buffers, rows)
 
     def step(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
         """Feed tokens [B, L] under the mask [B, past + L]; logits, and streams' weights if any."""
@@ -99,11 +101,20 @@ def bind_results(
     return results
 
 
-def bind_buffers(binding: ort.IOBinding, model: "OnnxModel", buffers: Buffers) -> None:
-    """Let past and present of every layer be one buffer."""
+def bind_buffers(
+    binding: ort.IOBinding, model: "OnnxModel", buffers: Buffers, rows: int | None = None
+) -> None:
+    """Let past and present of every layer be one buffer, or the first rows of it."""
     for past, present, value in zip(model.pasts, model.presents, buffers, strict=True):
-        binding.bind_ortvalue_input(past, value)
-        binding.bind_ortvalue_output(present, value)
+        shape = value.shape()
+        where = (
+            *model.device,
+            model.cache_type,
+            [shape[0] if rows is None else rows, *shape[1:]],
+            value.data_ptr(),
+        )
+        binding.bind_input(past, *where)
+        binding.bind_output(present, *where)
 
 
 def run_options(graph_id: str) -> ort.RunOptions:

@@ -1,15 +1,23 @@
 """Run an exported decoder on onnxruntime, its KV cache staying on the device."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime as ort
+from parscale_core.engine import Sampling
+from parscale_core.engine.check import check_sampling
+from parscale_core.finite import not_finite
 
-from parscale_export.runtime.kv_cache import Cache, FixedSteps
+from parscale_export.runtime.blocks import Block
+from parscale_export.runtime.copies import Buffers, RowCopier
+from parscale_export.runtime.decoder import Decoder
+from parscale_export.runtime.kv_cache import FixedSteps
+from parscale_export.runtime.prefill import Growing, chunks
 from parscale_export.runtime.provider import CUDA
-from parscale_export.runtime.sampling import Sampling, choose
+from parscale_export.runtime.sampling import choose, generator
 from parscale_export.runtime.session import (
     attention_heads,
     check_operators,
@@ -18,8 +26,7 @@ from parscale_export.runtime.session import (
     read_graph,
     start_session,
 )
-
-ROOM = 256  # tokens by which the buffers of CUDA graphs grow
+from parscale_export.runtime.slots import Slots
 
 
 class Token(NamedTuple):
@@ -75,7 +82,7 @@ class OnnxModel:
         about = metadata(graph, self.file)
         self.streams, self.prefix_length = int(about["streams"]), int(about["prefix_length"])
         self.kv_layout, self.ops = about["kv_layout"], about["ops"]
-        self.precision = about["precision"]
+        self.precision, self.activations = about["precision"], about["activations"]
         self.all_logits = about["all_logits"] == "true"
         self.context_length = int(about["context_length"]) or None
         self.shares_buffer = self.ops == "fused"
@@ -99,14 +106,16 @@ class OnnxModel:
         self.presents = [name.replace("past_key_values.", "present.") for name in self.pasts]
         cache = inputs[self.pasts[0]]
         self._kv_heads, self._head_dim = (cache.shape.dim[axis].dim_value for axis in (1, 3))
-        self._cache_type = cache.elem_type
+        self.cache_type = cache.elem_type
+        self.cache_rows = self.streams if self.kv_layout == "batch" else 1
+        # GroupQueryAttention takes several tokens on top of a past for a single row only.
+        self.takes_chunks = self.ops == "standard" or self.cache_rows == 1
         results = [v for v in graph.graph.output if not v.name.startswith("present.")]
         self.outputs = [value.name for value in results]
         self.output_widths = [v.type.tensor_type.shape.dim[2].dim_value for v in results]
         self.aggregation_weights = "aggregation_weights" in self.outputs
         self.vocab_size = self.output_widths[0]
-        self._buffers: list[ort.OrtValue] = []
-        self._fixed: FixedSteps | None = None
+        self._slots: Slots | None = None
         self._graphs = 0
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
@@ -119,9 +128,9 @@ class OnnxModel:
             raise ValueError(
                 f"{self.file}: exported without all_logits, so it has only the last token's logits"
             )
-        ids, mask = self._pad([token_ids])
-        cache = self._start(1, ids.shape[1])
-        parts = [cache.step(chunk, mask[:, :end])[0] for chunk, end in self._chunks(ids)]
+        self._check([token_ids], len(token_ids))
+        growing = Growing(self, len(token_ids))
+        parts = [growing.extend(part)[0] for part in chunks(self, token_ids, self.prefill_chunk)]
         return np.concatenate(parts, axis=1)[0]
 
     def continuation_logits(self, prompt: Sequence[int], tokens: Sequence[int]) -> np.ndarray:
@@ -130,14 +139,12 @@ class OnnxModel:
         Returns:
             float32 [1 + len(tokens), vocab]; any export can, with the last token's logits alone.
         """
-        ids, _ = self._pad([[*prompt, *tokens]])
-        mask, first = np.ones_like(ids), len(prompt)
-        cache = self._start(1, ids.shape[1])
-        for chunk, end in self._chunks(ids[:, :first]):
-            results = cache.step(chunk, mask[:, :end])
+        self._check([prompt, [*prompt, *tokens]], len(prompt) + len(tokens))
+        growing = Growing(self, len(prompt) + len(tokens))
+        for part in chunks(self, prompt, self.prefill_chunk):
+            results = growing.extend(part)
         rows = [results[0][0, -1]]
-        for n in range(first, ids.shape[1]):
-            rows.append(cache.step(ids[:, n : n + 1], mask[:, : n + 1])[0][0, -1])
+        rows += [growing.extend([token])[0][0, -1] for token in tokens]
         return np.stack(rows)
 
     @staticmethod
@@ -194,88 +201,98 @@ class OnnxModel:
         seed: int | None = None,
         **sampling,
     ) -> Iterator[Token]:
-        """Generate as ``generate`` does, yielding tokens as they come, one a prompt and step."""
-        how, random = Sampling(**sampling), np.random.default_rng(seed)
+        """Generate as ``generate`` does, yielding tokens as they come."""
         if not prompts or max_tokens < 1:
             return
-        stops = frozenset(stop_tokens or ())
-        ids, prompt_mask = self._pad(prompts)
-        batch, length = ids.shape
+        given = {name: value for name, value in sampling.items() if value is not None}
+        how = Sampling(max_tokens=max_tokens, **given)
+        check_sampling(how, self.vocab_size)
         # The last token is not fed back, so it needs no place.
-        cache = self._start(batch, length + max_tokens - 1)
-        mask = np.ones((batch, length + max_tokens), np.int64)
-        mask[:, :length] = prompt_mask
-        for chunk, end in self._chunks(ids):
-            results = cache.step(chunk, mask[:, :end])
-        fixed = self._fixed_steps(batch) if self.cuda_graph else None
-        tokens = [list(prompt) for prompt in prompts]
-        going = set(range(batch))
-        for step in range(max_tokens):
-            weights = results[1] if len(results) > 1 else None
-            for row in sorted(going):
-                token = choose(results[0][row, -1], tokens[row], how, random)
-                tokens[row].append(token)
-                if token in stops:
-                    going.discard(row)
-                yield Token(row, token, None if weights is None else weights[row, -1])
-            if not going or step == max_tokens - 1:
-                return
-            newest = np.array([[row[-1]] for row in tokens])
-            results = (fixed or cache).step(newest, mask[:, : length + step + 1])
+        self._check(prompts, max(map(len, prompts)) + max_tokens - 1)
+        stops, came = frozenset(stop_tokens or ()), list[Token]()
+        rows = [
+            _Row(self, n, prompt, how, None if seed is None else seed + n, stops, came)
+            for n, prompt in enumerate(prompts)
+        ]
+        decoder = Decoder(self, len(rows))
+        decoder.waiting.extend(rows)
+        try:
+            while not decoder.idle:
+                decoder.turn()
+                yield from came
+                came.clear()
+        finally:
+            decoder.clear()
 
-    def _pad(self, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and mask, int64 [B, L], padded on the left."""
-        length = max(map(len, prompts))
-        ids, mask = (np.zeros((len(prompts), length), np.int64) for _ in range(2))
-        for row, prompt in enumerate(prompts):
+    def _check(self, prompts: Sequence[Sequence[int]], longest: int) -> None:
+        for n, prompt in enumerate(prompts):
             if not len(prompt):
-                raise ValueError(f"prompt {row + 1} is empty: it needs at least one token")
-            ids[row, length - len(prompt) :] = prompt
-            mask[row, length - len(prompt) :] = 1
-        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
-        if wrong.size:
+                raise ValueError(f"prompt {n + 1} is empty: it needs at least one token")
+            for token in prompt:
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"token {token} is not in the vocabulary of {self.vocab_size} tokens"
+                    )
+        if self.context_length is not None and longest > self.context_length:
             raise ValueError(
-                f"token {wrong[0]} is not in the vocabulary of {self.vocab_size} tokens"
-            )
-        return ids, mask
-
-    def _chunks(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Parts of a prompt to compute one after the other, and where each ends."""
-        batch, length = ids.shape
-        rows = batch * (self.streams if self.kv_layout == "batch" else 1)
-        # GroupQueryAttention takes several tokens on top of a past for a single row only.
-        size = self.prefill_chunk if self.ops == "standard" or rows == 1 else length
-        for start in range(0, length, size):
-            end = min(start + size, length)
-            yield ids[:, start:end], end
-
-    def _start(self, batch: int, tokens: int) -> Cache:
-        """An empty KV cache with room for so many tokens of each sequence."""
-        if self.context_length is not None and tokens > self.context_length:
-            raise ValueError(
-                f"{tokens} tokens are more than the {self.context_length} that "
+                f"{longest} tokens are more than the {self.context_length} that "
                 f"{self.file.name} was exported for"
             )
-        rows = batch * (self.streams if self.kv_layout == "batch" else 1)
-        if self.cuda_graph:  # so that one recording serves generations of various lengths
-            room = -(-tokens // ROOM) * ROOM
-            tokens = min(room, self.context_length or room)
-        capacity = tokens + self.prefix_length if self.shares_buffer else 0
-        shape = [rows, self._kv_heads, capacity, self._head_dim]
-        held = self._buffers[0].shape() if self._buffers else [0, 0, 0, 0]
-        if not self.shares_buffer or held[0] != rows or held[2] < capacity:
-            self._fixed = None
-            self._buffers = []  # before the new ones, so that both are not held at once
-            self._buffers = [self._allocate(shape) for _ in self.pasts]
-        return Cache(self, self._buffers)
 
-    def _fixed_steps(self, batch: int) -> FixedSteps:
-        """Steps at the addresses of the buffers in use, recorded once for as long as they last."""
-        if self._fixed is None:
-            self._graphs += 1
-            capacity = self._buffers[0].shape()[2] - self.prefix_length
-            self._fixed = FixedSteps(self, self._buffers, batch, capacity, self._graphs)
-        return self._fixed
+    def check_numbers(self, logits: np.ndarray) -> None:
+        """Raise ArithmeticError where logits [vocab] are not numbers."""
+        if not np.isfinite(logits.max()):
+            raise ArithmeticError(not_finite(f"{self.file}: the logits hold"))
 
-    def _allocate(self, shape: list[int]) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, self._cache_type, *self.device)
+    def slots(self, most: int) -> Slots:
+        """Slots to decode in; CUDA graphs are recorded for their addresses, so these are kept."""
+        if not self.cuda_graph:
+            return Slots(self, most)
+        if self._slots is None:
+            self._slots = Slots(self, most)
+        return self._slots
+
+    def fixed_steps(self, block: Block) -> FixedSteps:
+        """Steps at a block's addresses, recorded once for as long as it lasts."""
+        self._graphs += 1
+        return FixedSteps(self, block.buffers, block.sequences, block.room, self._graphs)
+
+    @cached_property
+    def copier(self) -> RowCopier:
+        """Copies between KV caches of this model."""
+        return RowCopier(len(self.pasts), self.cache_type, self.provider, self.device)
+
+    def allocate(self, rows: int, columns: int) -> Buffers:
+        """Memory of a KV cache."""
+        shape = [rows, self._kv_heads, columns, self._head_dim]
+        return [
+            ort.OrtValue.ortvalue_from_shape_and_type(shape, self.cache_type, *self.device)
+            for _ in self.pasts
+        ]
+
+
+class _Row:
+    """A prompt of ``OnnxModel.stream`` and its answer so far."""
+
+    def __init__(
+        self,
+        model: OnnxModel,
+        number: int,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        seed: int | None,
+        stops: frozenset[int],
+        came: list[Token],
+    ):
+        self.model, self.number, self.sampling, self.stops = model, number, sampling, stops
+        self.tokens, self.prompt_length = list(prompt), len(prompt)
+        self.cached_tokens, self.finished = 0, False
+        self.random, self.came = generator(seed), came
+
+    def take(self, logits: np.ndarray, weights: np.ndarray | None) -> None:
+        self.model.check_numbers(logits)
+        token = choose(logits, self.tokens, self.sampling, self.random)
+        self.tokens.append(token)
+        self.came.append(Token(self.number, token, weights))
+        count = len(self.tokens) - self.prompt_length
+        self.finished = token in self.stops or count == self.sampling.max_tokens

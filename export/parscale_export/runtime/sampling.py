@@ -1,75 +1,104 @@
 """Choosing the next token from logits, in numpy; the filters apply in mlx-lm's order."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+from parscale_core.engine import Sampling
+
+FEW = 1024  # likeliest tokens to sort at first, instead of a whole vocabulary
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens; temperature 0 takes the likeliest.
-
-    Attributes:
-        top_p: choose among the likeliest tokens that together have this probability.
-        min_p: leave out tokens less likely than this share of the likeliest.
-        top_k: choose among this many likeliest tokens; 0 for all.
-        repetition_penalty: divide the (positive) logits of recent tokens by this.
-        presence_penalty, frequency_penalty: subtracted from the logits of recent tokens, once or
-            for every time they occurred.
-        repetition_context: how many tokens are recent.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_context: int = 20
+def generator(seed: int | None) -> np.random.Generator:
+    """Random numbers of one request; any integer of 64 bits is a seed."""
+    return np.random.default_rng(None if seed is None else seed % 2**64)
 
 
 def choose(
-    logits: np.ndarray, tokens: list[int], sampling: Sampling, random: np.random.Generator
+    logits: np.ndarray,
+    tokens: Sequence[int],
+    sampling: Sampling,
+    random: np.random.Generator,
+    allowed: np.ndarray | None = None,
 ) -> int:
-    """The next token of one sequence, from its logits [vocab] and its tokens so far."""
-    logits = _penalise(logits, tokens[-sampling.repetition_context :], sampling)
+    """The next token of one sequence.
+
+    Args:
+        logits: float32 [vocab]; left as they are.
+        tokens: the sequence so far, prompt and answer.
+        allowed: bool [vocab], which tokens a grammar lets come next; None for all.
+    """
+    logits = _adjust(logits, tokens, sampling)
+    if allowed is not None:
+        logits = np.where(allowed, logits, -np.inf)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    logits = _filter(logits.astype(np.float64), sampling)
-    # The Gumbel trick: the largest of noisy logits is a sample from their softmax.
-    return int((logits / sampling.temperature + random.gumbel(size=logits.shape)).argmax())
+    ids, logits = _candidates(logits, sampling, random)
+    weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
+    sums = np.cumsum(weights)
+    place = np.searchsorted(sums, random.random() * sums[-1], side="right")
+    return int(ids[min(place, len(ids) - 1)])
 
 
-def _penalise(logits: np.ndarray, recent: list[int], sampling: Sampling) -> np.ndarray:
+def _adjust(logits: np.ndarray, tokens: Sequence[int], sampling: Sampling) -> np.ndarray:
+    """Logits with the bias and the penalties for recent tokens."""
     penalties = (
-        sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty,
-    )  # fmt: skip
-    if not recent or not any(penalties):
+        sampling.repetition_penalty != 1,
+        sampling.presence_penalty != 0,
+        sampling.frequency_penalty != 0,
+    )
+    if not sampling.logit_bias and not any(penalties):
         return logits
     logits = logits.copy()
-    seen, counts = np.unique(recent, return_counts=True)
-    if sampling.repetition_penalty:
+    if sampling.logit_bias:
+        biased = np.fromiter(sampling.logit_bias, np.int64)
+        logits[biased] += np.fromiter(sampling.logit_bias.values(), np.float32)
+    if penalties[0]:
+        seen = np.unique(tokens[-sampling.repetition_context :])
         found, penalty = logits[seen], sampling.repetition_penalty
         logits[seen] = np.where(found < 0, found * penalty, found / penalty)
-    if sampling.presence_penalty:
-        logits[seen] -= sampling.presence_penalty
-    if sampling.frequency_penalty:
-        logits[seen] -= sampling.frequency_penalty * counts
+    if penalties[1]:
+        logits[np.unique(tokens[-sampling.presence_context :])] -= sampling.presence_penalty
+    if penalties[2]:
+        recent = tokens[-sampling.frequency_context :]
+        seen, counts = np.unique(recent, return_counts=True)
+        logits[seen] -= (sampling.frequency_penalty * counts).astype(np.float32)
     return logits
 
 
-def _filter(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The same logits, -inf where a token is not to be chosen."""
-    logits = logits - logits.max()
-    if 0 < sampling.top_p < 1:
-        order = np.argsort(-logits)
-        probabilities = np.exp(logits[order])
-        probabilities /= probabilities.sum()
-        before = np.cumsum(probabilities) - probabilities
-        logits[order[before >= sampling.top_p]] = -np.inf
+def _candidates(
+    logits: np.ndarray, sampling: Sampling, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that may be chosen, and their logits."""
+    ids = np.arange(len(logits))
+    if sampling.top_p < 1:
+        ids = _likeliest(logits, sampling.top_p)
     if sampling.min_p > 0:
-        logits[logits < np.log(sampling.min_p)] = -np.inf
-    if 0 < sampling.top_k < len(logits):
-        logits[np.argpartition(-logits, sampling.top_k)[sampling.top_k :]] = -np.inf
-    return logits
+        ids = ids[logits[ids] >= logits[ids].max() + np.log(sampling.min_p)]
+    if sampling.xtc_probability > 0 and random.random() <= sampling.xtc_probability:
+        weights = _softmax(logits[ids])
+        above = weights[weights > sampling.xtc_threshold]
+        # All that are above the threshold go, but for the least likely of them.
+        if len(above):
+            ids = ids[weights <= above.min()]
+    if 0 < sampling.top_k < len(ids):
+        ids = ids[np.argpartition(-logits[ids], sampling.top_k - 1)[: sampling.top_k]]
+    return ids, logits[ids]
+
+
+def _likeliest(logits: np.ndarray, share: float) -> np.ndarray:
+    """The likeliest tokens that together have this probability."""
+    weights = _softmax(logits)
+    for count in (FEW, len(weights)):
+        ids = np.arange(len(weights))
+        if count < len(weights):
+            ids = np.argpartition(-weights, count)[:count]
+        ids = ids[np.argsort(-weights[ids], kind="stable")]
+        before = np.cumsum(weights[ids]) - weights[ids]
+        if before[-1] >= share:
+            break
+    return ids[before < share]
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
