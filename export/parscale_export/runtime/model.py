@@ -242,7 +242,7 @@ class OnnxModel:
     def check_numbers(self, logits: np.ndarray) -> None:
         """Raise ArithmeticError where logits [vocab] are not numbers."""
         if not np.isfinite(logits.max()):
-            raise ArithmeticError(not_finite(f"{self.file}: the logits hold"))
+            raise ArithmeticError(not_finite(f"{self.file}: the logits have"))
 
     def slots(self, most: int) -> Slots:
         """Slots to decode in; CUDA graphs are recorded for their addresses, so these are kept."""
