@@ -36,7 +36,7 @@ PRECISIONS = (*FLOATS, "int8", "int4")
 )
 @click.option(
     "--target",
-    type=click.Choice(["cuda", "cpu", "genai", "web"]),
+    type=click.Choice(["cuda", "cpu", "genai", "genai-cuda", "web"]),
     help="Choose layout, operators and precision for this, and write what it reads.",
 )
 @click.option(

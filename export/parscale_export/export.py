@@ -17,8 +17,8 @@ from parscale_export import targets
 from parscale_export.adapter import Adapter, fingerprint, read_adapter
 from parscale_export.checkpoint import Checkpoint
 from parscale_export.config import Config
-from parscale_export.fused import context_length
-from parscale_export.graph import Options, build
+from parscale_export.fused import MAX_CUDA_HEADS, context_length
+from parscale_export.graph import Options, build, folded_heads
 from parscale_export.rope import inverse_frequencies
 from parscale_export.weights import BITS, FLOATS
 
@@ -73,12 +73,13 @@ def export_onnx(
         ops: "fused" (default; onnxruntime's GroupQueryAttention and MatMulNBits) or "standard"
             (ai.onnx opset 23 alone).
         precision: "fp32" (default), "fp16", "bf16", or "int8" or "int4" for the weight matrices.
-        target: "cuda", "cpu", "genai" or "web" sets these three unless they are given, and writes
-            the files that onnxruntime-genai and transformers.js read.
+        target: "cuda", "cpu", "genai", "genai-cuda" or "web" sets these three unless they are
+            given, and writes the files that onnxruntime-genai and transformers.js read. For CUDA,
+            int4 is symmetric: it has no offsets.
         all_logits: logits of every token, [B, L, vocab]; otherwise of the last, [B, 1, vocab].
         aggregation_weights: a second output, float32 [B, L or 1, P]: how much each stream counts.
         activations: "fp32", "fp16" or "bf16", for all that is not quantised; by default that of
-            ``precision``, and for int8 and int4 "fp32" (with target "cuda", "fp16").
+            ``precision``, and for int8 and int4 "fp32" (for CUDA, "fp16").
         head_precision: of the logits' projection; by default ``precision``, "int8" for int4.
         embedding_precision, aggregator_precision: by default ``activations``.
         block_size: columns that share a scale, a power of two from 16.
@@ -112,7 +113,7 @@ def export_onnx(
     checkpoint = Checkpoint(source)
     if output.resolve() in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise ValueError(f"{output}: the model to export is in there")
-    _check_model(checkpoint.config, options, checkpoint.folder)
+    _check_model(checkpoint.config, options, checkpoint.folder, target)
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
     longest = max(c.config.prefix_length if c.config.streams > 1 else 0 for c in checkpoints)
     options = replace(options, longest_prefix=longest)
@@ -128,7 +129,7 @@ def _with_adapters(
     folder: Path, adapters: Sequence[str | Path], target: str | None
 ) -> list[Checkpoint]:
     """The checkpoint in a folder once more for each adapter over it."""
-    one_graph = target in ("genai", "web")
+    one_graph = target in targets.ONE_GRAPH
     if not adapters and not one_graph:
         adapters = sorted((folder / "adapters").glob("*/"))
     if not adapters:
@@ -170,7 +171,7 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
     kv_layout, ops = kv_layout or preset["kv_layout"], ops or preset["ops"]
     precision = precision or preset["precision"]
     if activations is None:
-        activations = precision if precision in FLOATS else "fp16" if target == "cuda" else "fp32"
+        activations = precision if precision in FLOATS else preset.get("activations", "fp32")
     head_precision = head_precision or ("int8" if precision == "int4" else precision)
     options = Options(
         kv_layout=kv_layout,
@@ -181,6 +182,7 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
         embedding_precision=embedding_precision or activations,
         aggregator_precision=aggregator_precision or activations,
         block_size=block_size,
+        symmetric=target in targets.CUDA,
         accuracy_level=accuracy_level,
         all_logits=all_logits,
         aggregation_weights=aggregation_weights,
@@ -189,10 +191,21 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
         value = getattr(options, name)
         if value in FLOATS and value != activations:
             raise ValueError(f"{name} {value} does not go with activations {activations}")
-    if target in ("genai", "web") and kv_layout != "heads":
+    if target in targets.ONE_GRAPH and kv_layout != "heads":
         raise ValueError(f"target {target} needs kv_layout heads: it has no notion of streams")
-    if target == "genai" and ops != "fused":
-        raise ValueError("target genai needs ops fused: past and present share a buffer there")
+    if target in targets.GENAI and ops != "fused":
+        raise ValueError(f"target {target} needs ops fused: past and present share a buffer there")
+    if target in targets.CUDA and (ops, activations) == ("fused", "fp32"):
+        raise ValueError(
+            f"target {target} with ops fused needs activations fp16 or bf16: GroupQueryAttention "
+            "on CUDA has no float32"
+        )
+    quantised = any(p in BITS for p in (precision, head_precision, aggregator_precision))
+    if ops == "standard" and activations == "bf16" and quantised:
+        raise ValueError(
+            "int8 and int4 with activations bf16 need ops fused: no runtime has DequantizeLinear "
+            "in blocks for bfloat16"
+        )
     if ops == "standard" and options.embedding_precision in BITS:
         raise ValueError(
             "a quantised embedding needs ops fused: opset 23 has no gather of quantised blocks"
@@ -219,7 +232,7 @@ def check_output(output: Path, *, force: bool) -> None:
         raise FileExistsError(f"{output}: exists and is not an ONNX export, so it is not replaced")
 
 
-def _check_model(config: Config, options: Options, folder: Path) -> None:
+def _check_model(config: Config, options: Options, folder: Path, target: str | None) -> None:
     try:
         inverse_frequencies(config)
     except ValueError as error:
@@ -228,6 +241,12 @@ def _check_model(config: Config, options: Options, folder: Path) -> None:
         raise ValueError(
             f"{folder / 'config.json'}: head_dim {config.head_dim} is not a multiple of 16, which "
             "GroupQueryAttention needs; use --ops standard"
+        )
+    heads, _, _ = folded_heads(config, options.kv_layout)
+    if target in targets.CUDA and options.ops == "fused" and heads > MAX_CUDA_HEADS:
+        raise ValueError(
+            f"{folder / 'config.json'}: {heads} heads in a row are more than the {MAX_CUDA_HEADS} "
+            "that GroupQueryAttention on CUDA takes; use --target cuda with --kv-layout batch"
         )
 
 
@@ -336,6 +355,7 @@ def _metadata(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
         "activations": options.activations,
         "head_precision": options.head_precision,
         "block_size": options.block_size,
+        "symmetric": str(options.symmetric).lower(),
         "accuracy_level": options.accuracy_level,
         "all_logits": str(options.all_logits).lower(),
         # The standard operators compute angles as they go and know no end.

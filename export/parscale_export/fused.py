@@ -16,6 +16,9 @@ from parscale_export.config import Config
 from parscale_export.graph import MICROSOFT, Builder, folded_heads
 from parscale_export.rope import inverse_frequencies, rotate
 
+# Query heads that the operator takes on CUDA.
+MAX_CUDA_HEADS = 1024
+
 
 def context_length(config: Config) -> int:
     """How many tokens the rotary tables reach: what the model was trained for, or 8192."""

@@ -39,6 +39,7 @@ class Options:
     embedding_precision: str = "fp32"
     aggregator_precision: str = "fp32"
     block_size: int = 32
+    symmetric: bool = False
     accuracy_level: int = 4
     all_logits: bool = False
     aggregation_weights: bool = False
@@ -55,6 +56,7 @@ class Builder(ir.tape.Tape):
         self._constants: dict[tuple, ir.Value] = {}
         self._tensors: dict[str, ir.Value] = {}
         self._with_sums: dict[ir.Value, ir.Value] = {}
+        self._zero_columns: dict[int, ir.Value] = {}
 
     def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any):
         return self.op(op, inputs, attributes, domain=domain)
@@ -121,9 +123,10 @@ class Builder(ir.tape.Tape):
         self, x: ir.Value, name: str, sources: tuple[str, ...], rows: int, columns: int, bits: int
     ) -> ir.Value:
         size = self.options.block_size
-        if has_remainders(columns, bits, size):
-            x = self._with_block_sums(x, columns // size)
-            columns = stored_columns(columns, bits, size)
+        if has_remainders(columns, bits, size) and not self.options.symmetric:
+            stored = stored_columns(columns, size)
+            x = self._with_block_sums(x, columns // size, stored - columns)
+            columns = stored
         if self.options.ops == "standard":
             codes, scales, zeros = self.weights.linear_codes(name, sources, (rows, columns), bits)
             weight = self(
@@ -138,13 +141,30 @@ class Builder(ir.tape.Tape):
             block_size=self.options.block_size, accuracy_level=self.options.accuracy_level,
         )  # fmt: skip
 
-    def _with_block_sums(self, x: ir.Value, blocks: int) -> ir.Value:
-        """Inputs [B, L, columns], and after them the sum of each block; see ``quantize``."""
+    def _with_block_sums(self, x: ir.Value, blocks: int, width: int) -> ir.Value:
+        """Inputs [B, L, columns], and after them each block's sum, in so many columns."""
         if x not in self._with_sums:
             shape = self.constant([0, 0, blocks, self.options.block_size])
             sums = self("ReduceSum", self("Reshape", x, shape), self.constant([-1]), keepdims=0)
-            self._with_sums[x] = self("Concat", x, sums, axis=-1)
+            parts = [x, sums]
+            if width > blocks:
+                parts.append(self._zeros(x, width - blocks))
+            self._with_sums[x] = self("Concat", *parts, axis=-1)
         return self._with_sums[x]
+
+    def _zeros(self, x: ir.Value, columns: int) -> ir.Value:
+        """Zeros [B, L, columns], made once for all inputs of the same rows and tokens as ``x``."""
+        if columns not in self._zero_columns:
+            shape = self(
+                "Concat", self("Shape", x, start=0, end=2), self.constant([columns]), axis=0
+            )
+            zero = self.constant(0, self.weights.numpy_dtype)
+            self._zero_columns[columns] = self("Expand", zero, shape)
+        return self._zero_columns[columns]
+
+    def change_rows(self) -> None:
+        """From here on, hidden states have other rows or tokens than before."""
+        self._zero_columns.clear()
 
 
 def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
@@ -153,7 +173,7 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
     from parscale_export.standard import StandardOperators
 
     config = checkpoint.config
-    weights = Weights(checkpoint, options.activations, options.block_size)
+    weights = Weights(checkpoint, options.activations, options.block_size, options.symmetric)
     b = Builder(config, options, weights)
     inputs, pasts = _inputs(config, options, weights.dtype)
     token_ids, mask = inputs
@@ -176,7 +196,9 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
         presents += [
             _present(value, past[0], n, part) for value, part in zip(present, KV, strict=True)
         ]
-    x, stream_weights = _aggregate(b, operators.pick(_side_by_side(b, x)))
+    x = operators.pick(_side_by_side(b, x))
+    b.change_rows()
+    x, stream_weights = _aggregate(b, x)
     outputs = [
         _output(b.cast(_head(b, x), ir.DataType.FLOAT), "logits", config.vocab_size, options)
     ]

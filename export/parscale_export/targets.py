@@ -12,11 +12,19 @@ from parscale_export.graph import Options, folded_heads
 
 PRESETS: dict[str | None, dict[str, str]] = {
     None: {"kv_layout": "batch", "ops": "fused", "precision": "fp32"},
-    "cuda": {"kv_layout": "batch", "ops": "fused", "precision": "fp16"},
+    "cuda": {"kv_layout": "batch", "ops": "fused", "precision": "fp16", "activations": "fp16"},
     "cpu": {"kv_layout": "batch", "ops": "fused", "precision": "int8"},
     "genai": {"kv_layout": "heads", "ops": "fused", "precision": "int8"},
+    "genai-cuda": {
+        "kv_layout": "heads", "ops": "fused", "precision": "fp16", "activations": "fp16",
+    },
     "web": {"kv_layout": "heads", "ops": "fused", "precision": "int4"},
-}
+}  # fmt: skip
+CUDA = ("cuda", "genai-cuda")
+GENAI = ("genai", "genai-cuda")
+ONE_GRAPH = (*GENAI, "web")  # whose runtimes know nothing of streams, and read a graph a folder
+# A recorded graph of genai's has a mask as long as its buffers, which leaves the prefix no room.
+_GENAI_CUDA_OPTIONS = {"enable_cuda_graph": "0", "sdpa_kernel": "3"}
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer.model", "chat_template*", "special_tokens_map.json",
     "added_tokens.json", "generation_config.json", "merges.txt", "vocab.json", "vocab.txt",
@@ -59,8 +67,10 @@ def write_side_files(
         ours |= _ordinary_decoder(config, options)
         ours["transformers.js_config"] = _transformers_js(Path(file_names(target, options)[0]).name)
     _write_json(folder / "config.json", ours)
-    if target == "genai":
-        _write_json(folder / "genai_config.json", _genai_config(source, config, options, ends))
+    if target in GENAI:
+        providers = [{"cuda": _GENAI_CUDA_OPTIONS}] if target in CUDA else []
+        about = _genai_config(source, config, options, ends, providers)
+        _write_json(folder / "genai_config.json", about)
 
 
 def _one_or_all(ends: list[int]) -> int | list[int]:
@@ -85,7 +95,7 @@ def _ordinary_decoder(config: Config, options: Options) -> dict[str, Any]:
 
 
 def _genai_config(
-    source: Path, config: Config, options: Options, ends: list[int]
+    source: Path, config: Config, options: Options, ends: list[int], providers: list[dict]
 ) -> dict[str, Any]:
     heads, kv_heads, _ = folded_heads(config, options.kv_layout)
     named = config.raw | read_object(source / GENERATION)
@@ -97,7 +107,7 @@ def _genai_config(
             **first,
             "context_length": config.max_position_embeddings,
             "decoder": {
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "filename": "model.onnx",
                 "head_size": config.head_dim,
                 "hidden_size": config.hidden_size,

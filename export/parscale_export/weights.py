@@ -28,12 +28,15 @@ class Weights:
     Args:
         activations: "fp32", "fp16" or "bf16", the type of everything that is not quantised.
         block_size: columns that share a scale, in quantised matrices.
+        symmetric: matrices of 4 bits have no offsets; see ``quantize``.
     """
 
-    def __init__(self, checkpoint: Checkpoint, activations: str, block_size: int):
+    def __init__(
+        self, checkpoint: Checkpoint, activations: str, block_size: int, symmetric: bool = False
+    ):
         self.checkpoint = checkpoint
         self.dtype, self.numpy_dtype = FLOATS[activations]
-        self.block_size = block_size
+        self.block_size, self.symmetric = block_size, symmetric
         # A quantised matrix gives two or three tensors, written one after the other.
         self._quantized = lru_cache(maxsize=1)(self._quantize)
 
@@ -85,7 +88,7 @@ class Weights:
             lambda: pack(quantized().codes, bits),
         )  # fmt: skip
         scales = self.floats(f"{name}.scales", (rows, blocks), lambda: quantized().scales)
-        if bits == 8:
+        if bits == 8 or (self.symmetric and remainders):
             return codes, scales, None
         zeros = lazy(
             f"{name}.zero_points", (rows, -(-blocks * bits // 8)), byte,
@@ -123,7 +126,11 @@ class Weights:
 
     def _quantize(self, sources: tuple[str, ...], bits: int, remainders: bool) -> Blocks:
         return quantize(
-            self.array(sources), bits=bits, block_size=self.block_size, remainders=remainders
+            self.array(sources),
+            bits=bits,
+            block_size=self.block_size,
+            remainders=remainders,
+            symmetric=self.symmetric and remainders,
         )
 
 

@@ -100,6 +100,18 @@ def test_target_genai(tmp_path):
     assert OnnxModel.describe(folder)["kv_layout"] == "heads"
 
 
+def test_target_genai_on_cuda(tmp_path):
+    folder = export_onnx(GOLDEN / "p4", tmp_path / "out", target="genai-cuda")
+    session = read(folder / "genai_config.json")["model"]["decoder"]["session_options"]
+    # Recorded graphs of genai have a mask as long as its buffers: the prefix has no room.
+    assert session["provider_options"] == [{"cuda": {"enable_cuda_graph": "0", "sdpa_kernel": "3"}}]
+    about = OnnxModel.describe(folder)
+    assert (about["kv_layout"], about["precision"], about["activations"]) == (
+        "heads",
+        *["fp16"] * 2,
+    )
+
+
 def test_target_web(tmp_path):
     folder = export_onnx(GOLDEN / "p4", tmp_path / "out", target="web", all_logits=True)
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.onnx*")) == [

@@ -116,10 +116,22 @@ def test_pickles_without_torch(tmp_path, monkeypatch):
 OPTIONS = {
     "precision": ({"precision": "int3"}, "precision 'int3' is not one of fp32"),
     "kv_layout": ({"kv_layout": "rows"}, "kv_layout 'rows' is not one of batch, heads"),
-    "target": ({"target": "phone"}, "target 'phone' is not one of cuda, cpu, genai, web"),
+    "target": (
+        {"target": "phone"},
+        "target 'phone' is not one of cuda, cpu, genai, genai-cuda, web",
+    ),
     "block_size": ({"block_size": 48}, "block_size 48"),
     "genai": ({"target": "genai", "kv_layout": "batch"}, "genai needs kv_layout heads"),
     "genai ops": ({"target": "genai", "ops": "standard"}, "genai needs ops fused"),
+    "genai on cuda": ({"target": "genai-cuda", "ops": "standard"}, "genai-cuda needs ops fused"),
+    "float32 on cuda": (
+        {"target": "cuda", "precision": "fp32"},
+        "cuda with ops fused needs activations fp16",
+    ),
+    "bf16 codes": (
+        {"ops": "standard", "precision": "int4", "activations": "bf16"},
+        "bf16 need ops fused",
+    ),
     "embedding": ({"ops": "standard", "embedding_precision": "int8"}, "needs ops fused"),
     "mixed": ({"precision": "fp16", "activations": "fp32"}, "does not go with activations"),
 }
@@ -131,6 +143,18 @@ def test_options_that_do_not_go_together(tmp_path, name):
     with pytest.raises(ValueError, match=message):
         export_onnx(GOLDEN / "p4", tmp_path / "out", **options)
     assert not any(tmp_path.iterdir())
+
+
+def test_more_heads_in_a_row_than_cuda_takes(tmp_path):
+    tensors = p4_tensors()
+    for name, tensor in tensors.items():
+        if "q_proj" in name:
+            tensors[name] = np.repeat(tensor, 65, axis=0)
+        if "o_proj.weight" in name:
+            tensors[name] = np.repeat(tensor, 65, axis=1)
+    folder = variant(tmp_path / "model", tensors=tensors, num_attention_heads=260, head_dim=16)
+    with pytest.raises(ValueError, match="1040 heads in a row are more than the 1024"):
+        export_onnx(folder, tmp_path / "out", target="genai-cuda")
 
 
 def test_existing_outputs(tmp_path):

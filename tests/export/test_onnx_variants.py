@@ -1,6 +1,7 @@
 """Rotary embeddings, biases and quantised weights, against MLX, numpy and a dequantised export."""
 
 import numpy as np
+import onnx
 import pytest
 from cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
 from parscale_export import OnnxModel, export_onnx
@@ -102,13 +103,13 @@ def test_a_head_size_that_only_the_standard_operators_take(tmp_path, ops):
     assert np.abs(outputs[0] - outputs[1]).max() < 1e-4
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("columns", [64, 160, 100])
-def test_quantisation_rounds_to_the_nearest_code(bits, columns):
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, False)])
+@pytest.mark.parametrize("columns", [64, 160, 100, 896])
+def test_quantisation_rounds_to_the_nearest_code(bits, symmetric, columns):
     weight = np.random.default_rng(0).normal(size=(7, columns)).astype(np.float32)
     weight[2] = 0
-    blocks = quantize(weight, bits=bits, block_size=32)
-    steps = np.repeat(blocks.scales, 32, axis=1)[:, :columns]
+    blocks = quantize(weight, bits=bits, block_size=32, symmetric=symmetric)
+    steps = np.abs(np.repeat(blocks.scales, 32, axis=1))[:, :columns]
     # Half a step, and half of another for a zero point that is a whole code.
     assert (np.abs(dequantize(blocks, columns, bits) - weight) <= steps + 1e-6).all()
     assert blocks.codes.max() < 2**bits
@@ -144,6 +145,25 @@ def test_quantised_exports_compute_what_their_codes_say(
         )
     )  # fmt: skip
     assert np.abs(exact.logits(TOKENS) - quantised.logits(TOKENS)).max() < 1e-3
+
+
+@pytest.mark.parametrize("target", ["cuda", "genai-cuda"])
+def test_symmetric_int4_for_cuda(tmp_path, target):
+    """A scale a block and nothing besides, and the numbers that the codes stand for."""
+    tensors = load_file(GOLDEN / "p4" / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight"):
+            blocks = quantize(tensor, bits=4, block_size=32, symmetric=True)
+            tensors[name] = np.ascontiguousarray(dequantize(blocks, tensor.shape[1], 4))
+    exact = export_onnx(variant(tmp_path / "rounded", "p4", tensors), tmp_path / "fp32",
+                        all_logits=True)  # fmt: skip
+    folder = export_onnx(GOLDEN / "p4", tmp_path / "int4", target=target, precision="int4",
+                         head_precision="fp16", all_logits=True, accuracy_level=0)  # fmt: skip
+    logits = OnnxModel(folder, "cpu").logits(TOKENS)
+    assert np.abs(OnnxModel(exact).logits(TOKENS) - logits).max() < 0.05
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert products and all(len(node.input) == 3 for node in products)
 
 
 @pytest.mark.parametrize("embedding", ["int8", "int4"])

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 import onnxruntime as ort
 from packaging.version import Version
 
+from parscale_export.fused import MAX_CUDA_HEADS
+
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CPU, CUDA = PROVIDERS["cpu"], PROVIDERS["cuda"]
 # Before it, recorded graphs read the host's memory again at each replay, norms sum in float16,
 # and some sizes are computed on the CPU in the middle of a step.
 CUDA_SINCE = Version("1.31")
-MAX_CUDA_HEADS = 1024
 # What onnxruntime's CUDA part is linked with; cuDNN it opens when a graph needs it, ours do not.
 _LIBRARIES = {"cublasLt": None, "cublas": None, "cudart": None, "curand": 10}
 INSTALL = "pip install 'parscale[onnx-cuda13]'"
