@@ -1,0 +1,45 @@
+"""A run of the recipe: a call of ``parscale train``, gone on with if it was stopped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from parscale_mlx.default_model import smollm2_folder
+
+from plan import Plan, Run
+
+PARSCALE = (sys.executable, "-c", "from parscale_cli.main import cli; cli()")
+
+
+def folder(work: Path, run: Run) -> Path:
+    return work / "runs" / run.name
+
+
+def train_once(work: Path, plan: Plan, run: Run, *, threads: int) -> None:
+    """Train a run, unless it is finished; what it says goes to a file beside its folder."""
+    output = folder(work, run)
+    if (output / "adapter").is_dir():
+        return
+    output.parent.mkdir(exist_ok=True)
+    print(f"{run.name}: begin", flush=True)
+    if (output / "run.json").is_file():
+        options = ["--resume", output]
+    else:
+        options = [
+            *("--stage", "streams", "--model", smollm2_folder(), "-o", output),
+            *("--streams", run.streams, "--prefix-tokens", run.prefix_tokens, "--seed", run.seed),
+            *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "tune"),
+            *("--steps", plan.steps, "--batch-size", plan.batch_size),
+            *("--seq-length", plan.seq_length, "--streams-lr", plan.streams_lr),
+            *("--aggregator-lr", plan.aggregator_lr, "--eval-sequences", 16),
+            *("--eval-every", 60, "--save-every", 10, "--report-every", 10, "--keep", 1),
+        ]
+    with (output.parent / f"{run.name}.log").open("a") as log:
+        result = subprocess.run(
+            [*PARSCALE, "train", *map(str, options)],
+            env=os.environ | {"OPENBLAS_NUM_THREADS": str(threads)},
+            stdout=log,
+            stderr=log,
+        )
+    print(f"{run.name}: {'done' if result.returncode == 0 else 'failed'}", flush=True)
