@@ -11,8 +11,8 @@ class Plan:
         eval_tokens: held-out tokens that the runs are compared on.
     """
 
-    steps: int = 240
-    batch_size: int = 2
+    steps: int = 480
+    batch_size: int = 1
     seq_length: int = 256
     streams_lr: float = 1e-2
     aggregator_lr: float = 1e-3
