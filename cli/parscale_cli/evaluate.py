@@ -286,13 +286,15 @@ def _run_code(
     from tqdm import tqdm
 
     from parscale_cli.evaluation.pass_at_k import run_samples
+    from parscale_cli.evaluation.prompt_tokens import cut_prompt
     from parscale_cli.evaluation.sandbox import Limits
 
     asked = [problem for problem in problems for _ in range(options["samples"])]
+    cuts = [cut_prompt(tokenizer, problem.prompt, problem.likely) for problem in asked]
     answers = complete(
         model,
         tokenizer,
-        [(problem.prompt, problem.stops) for problem in asked],
+        [(ids, problem.stops) for (ids, _), problem in zip(cuts, asked, strict=True)],
         max_tokens=options["max_tokens"] or CODE_TOKENS,
         batch_size=options["batch_size"],
         temp=options["temp"],
@@ -302,7 +304,7 @@ def _run_code(
     bar = tqdm(
         answers, total=len(asked), desc=f"P={count}", unit=" answers", disable=None, leave=False
     )
-    completions = [(asked[number], text) for number, text in bar]
+    completions = [(asked[n], asked[n].completion(cuts[n][1] + text)) for n, text in bar]
     if _follows(model):
         return
     limits = Limits(options["code_timeout"], options["code_memory"] << 20)

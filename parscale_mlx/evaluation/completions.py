@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 def complete(
     model: Model,
     tokenizer: TokenizerWrapper,
-    prompts: Sequence[tuple[str, Sequence[str]]],
+    prompts: Sequence[tuple[str | list[int], Sequence[str]]],
     *,
     max_tokens: int,
     batch_size: int = 8,
@@ -27,7 +27,8 @@ def complete(
     """Generate after each prompt.
 
     Args:
-        prompts: texts, taken as they are, each with the strings before which its answer ends.
+        prompts: texts, taken as they are, or token ids, each with the strings before which its
+            answer ends.
 
     Yields:
         A prompt's number and its answer, in the order in which they are finished.
@@ -54,9 +55,8 @@ def complete(
                 number, (text, stops) = waiting.pop()
                 answer = Pieces()
                 row: Any = RowTap(tap, tokenizer, list(stops), answer, alone=False, goes_on=True)
-                (uid,) = generator.insert(
-                    [tokenizer.encode(text)], [max_tokens], stop_sequences=[row]
-                )
+                ids = tokenizer.encode(text) if isinstance(text, str) else text
+                (uid,) = generator.insert([ids], [max_tokens], stop_sequences=[row])
                 running[uid] = number, answer
             for response in generator.next_generated():
                 if response.finish_reason is None:

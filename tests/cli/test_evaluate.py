@@ -71,7 +71,7 @@ def test_solutions_pass_and_others_do_not(tmp_path, name, values, solution):
     for problem, value in zip(problems, values, strict=True):
         right = "\n" + value[solution]
         assert run_program(problem.program(right), Limits()).passed
-        assert not problem.prompt[-1].isspace()
+        assert problem.completion(problem.prompt + value[solution]) == right
         wrong = right.replace("return", "return 1 +")
         assert run_program(problem.program(wrong), Limits()) == Outcome(False, "AssertionError")
         assert run_program(problem.program("\n    retur"), Limits()).passed is False
@@ -226,7 +226,7 @@ def coder(backbone, adapter, tmp_path_factory):
     folder = shutil.copytree(backbone, tmp_path_factory.mktemp("models") / "coder")
     models, tokenizer = open_models(folder, [adapter])
     for name in (f"two_{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"):
-        prompt = tokenizer.encode(f"def {name}():")
+        prompt = tokenizer.encode(f"def {name}():\n")
         tokens = []
         for _ in range(3):
             tokens.append(int(mx.argmax(models[4](mx.array([prompt + tokens]))[0, -1]).item()))
@@ -238,7 +238,7 @@ def coder(backbone, adapter, tmp_path_factory):
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     vocabulary = {n: word for word, n in content["model"]["vocab"].items()}
-    vocabulary |= dict(zip(tokens, ["ĊĠĠĠĠreturn", "Ġ2", "Ċclass"], strict=True))
+    vocabulary |= dict(zip(tokens, ["ĠĠĠĠreturn", "Ġ2", "Ċclass"], strict=True))
     content["model"]["vocab"] = {word: n for n, word in vocabulary.items()}
     file.write_text(json.dumps(content))
     return folder, HUMANEVAL[1] | {"prompt": f"def {name}():\n", "entry_point": name}

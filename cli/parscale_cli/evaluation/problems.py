@@ -18,18 +18,26 @@ class Problem:
     """What a model completes, and the program that says whether it did so rightly.
 
     Attributes:
+        prompt: what a model is given at most, with the end of its last line.
+        likely: how an answer begins, to see where tokens end (``prompt_tokens.cut_prompt``).
         stops: texts before which a completion ends.
-        before, after: the program is these with the completion between them.
+        before, after: the program is these with the completion between them. A completion is what
+            follows the prompt without its last line's end.
     """
 
     name: str
     prompt: str
+    likely: str
     stops: tuple[str, ...]
     before: str
     after: str
 
     def program(self, completion: str) -> str:
         return self.before + completion + self.after
+
+    def completion(self, text: str) -> str:
+        """What of a text, prompt and all, is the completion."""
+        return text[len(self.prompt.rstrip()) :]
 
 
 def humaneval_file() -> Path:
@@ -100,11 +108,12 @@ def _read(where: str, value: Any) -> Problem:
 
 
 def _humaneval(value: dict) -> Problem:
-    # Without the line's end: in many vocabularies that is one token with the indentation after it,
-    # and a model that is given half of it does not go on with the function.
-    prompt, test = _text(value["prompt"]).rstrip(), _text(value["test"])
+    given, test = _text(value["prompt"]), _text(value["test"])
+    before = given.rstrip()
+    prompt = before + "\n" if "\n" in given[len(before) :] else before
+    likely = "    return x" if prompt != before else " x"
     check = f"\n{test}\ncheck({_text(value['entry_point'])})\n"
-    return Problem(str(value["task_id"]), prompt, HUMANEVAL_STOPS, prompt, check)
+    return Problem(str(value["task_id"]), prompt, likely, HUMANEVAL_STOPS, before, check)
 
 
 def _mbpp(value: dict) -> Problem:
@@ -112,9 +121,9 @@ def _mbpp(value: dict) -> Problem:
     tests = [_text(test) for test in value["test_list"]]
     setup = value.get("test_setup_code") or "\n".join(value.get("test_imports") or [])
     # The task and its tests as the docstring of a file that is to be written.
-    prompt = '"""\n{}\n{}\n"""'.format(text, "\n".join(tests))
+    prompt = '"""\n{}\n{}\n"""\n'.format(text, "\n".join(tests))
     after = "\n{}\n{}\n".format(_text(setup), "\n".join(tests))
-    return Problem(f"MBPP/{value['task_id']}", prompt, MBPP_STOPS, "", after)
+    return Problem(f"MBPP/{value['task_id']}", prompt, "def f(x):", MBPP_STOPS, "", after)
 
 
 def _text(value: object) -> str:
