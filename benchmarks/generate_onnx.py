@@ -33,9 +33,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_export import OnnxModel, export_onnx
-from parscale_export.checkpoint import expected_shapes
-from parscale_export.config import read_config
 from safetensors.numpy import save_file
 
 PREFIX = 48
@@ -69,7 +68,7 @@ def write_checkpoint(folder: Path, config: dict, streams: int) -> Path:
     folder.mkdir()
     fields = {"parscale_n": streams, "parscale_n_tokens": PREFIX}
     (folder / "config.json").write_text(json.dumps(config | fields))
-    shapes = expected_shapes(read_config(folder))
+    shapes = tensor_shapes(read_config(folder))
     shared, own = np.random.default_rng(0), np.random.default_rng(streams)
     tensors = {}
     for name, shape in shapes.items():

@@ -12,8 +12,9 @@ import json
 from dataclasses import dataclass, replace
 from math import ceil
 
-from parscale_mlx import ModelArgs
 from parscale_mlx.traffic import traffic_of_a_token, traffic_of_the_sums
+
+from parscale_core.checkpoint.config import ModelConfig
 
 US = 1e-6
 MACHINES = (1, 2, 4, 8, 16)
@@ -84,46 +85,48 @@ PREFILL_STEP = 2048  # tokens that mlx-lm prefills at a time
 ACTIVATION_BYTES = 2
 
 
-def paper_model(streams: int) -> ModelArgs:
+def paper_model(streams: int) -> ModelConfig:
     """The 1.6 billion parameter model of arXiv 2505.10475 (36 layers, 16 heads over 2)."""
-    return ModelArgs(
-        model_type="qwen2_parscale",
-        hidden_size=1536,
-        num_hidden_layers=36,
-        intermediate_size=8320,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        parscale_n=streams,
+    return ModelConfig.from_dict(
+        dict(
+            model_type="qwen2_parscale",
+            hidden_size=1536,
+            num_hidden_layers=36,
+            intermediate_size=8320,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+            parscale_n=streams,
+        )
     )
 
 
-def layer_parameters(args: ModelArgs) -> int:
+def layer_parameters(args: ModelConfig) -> int:
     """Parameters of all layers' matrices: what tensor parallelism shares out."""
     heads = args.num_attention_heads + args.num_key_value_heads
     attention = 2 * args.hidden_size * heads * args.head_dim
     return args.num_hidden_layers * (attention + 3 * args.hidden_size * args.intermediate_size)
 
 
-def whole_parameters(args: ModelArgs) -> int:
+def whole_parameters(args: ModelConfig) -> int:
     """Parameters of the head and the aggregator, which every rank has whole."""
-    return args.vocab_size * args.hidden_size + args.parscale_n * args.hidden_size**2
+    return args.vocab_size * args.hidden_size + args.streams * args.hidden_size**2
 
 
-def cache_bytes(args: ModelArgs, work: Work) -> float:
-    tokens = work.batch * args.parscale_n * (work.context + args.parscale_n_tokens)
+def cache_bytes(args: ModelConfig, work: Work) -> float:
+    tokens = work.batch * args.streams * (work.context + args.prefix_length)
     per_token = 2 * args.num_hidden_layers * args.num_key_value_heads * args.head_dim
     return tokens * per_token * ACTIVATION_BYTES
 
 
 def decode_seconds(
-    args: ModelArgs, work: Work, machine: Machine, network: Network, streams: int, tensor: int
+    args: ModelConfig, work: Work, machine: Machine, network: Network, streams: int, tensor: int
 ) -> float:
     """Seconds of one step of ``work``, every sequence advancing by one token."""
     layers, whole = layer_parameters(args), whole_parameters(args)
     read = (layers / tensor + whole) * work.weight_bytes
-    rows = work.batch * args.parscale_n / streams
+    rows = work.batch * args.streams / streams
     operations = 2 * (rows * layers / tensor + work.batch * whole)
     seconds = max(read / machine.bandwidth, operations / machine.compute)
     seconds += cache_bytes(args, work) / (streams * tensor) / machine.bandwidth
@@ -135,31 +138,31 @@ def decode_seconds(
 
 
 def prefill_seconds(
-    args: ModelArgs, prompt: int, machine: Machine, network: Network, streams: int, tensor: int
+    args: ModelConfig, prompt: int, machine: Machine, network: Network, streams: int, tensor: int
 ) -> float:
     """Seconds of a prompt; streams exchange nothing in it, as its logits are not asked for."""
     attention = 2 * prompt * args.num_hidden_layers * args.num_attention_heads * args.head_dim
     per_token = 2 * layer_parameters(args) + attention
-    seconds = args.parscale_n * prompt * per_token / (streams * tensor) / machine.compute
+    seconds = args.streams * prompt * per_token / (streams * tensor) / machine.compute
     sums = traffic_of_the_sums(args, streams, tensor, itemsize=ACTIVATION_BYTES)
     chunks = ceil(prompt / PREFILL_STEP)
     wire = sums.bytes * prompt / network.bandwidth
     return seconds + chunks * sums.steps * network.latency + wire
 
 
-def ways(args: ModelArgs, machines: int) -> dict[str, tuple[int, int]]:
+def ways(args: ModelConfig, machines: int) -> dict[str, tuple[int, int]]:
     """The ways to share the model between so many machines, as (streams, tensor)."""
     found = {}
     for tensor in range(1, args.num_key_value_heads + 1):
         streams, rest = divmod(machines, tensor)
-        if rest or args.parscale_n % streams or args.num_key_value_heads % tensor:
+        if rest or args.streams % streams or args.num_key_value_heads % tensor:
             continue
         name = "streams" if tensor == 1 else "tensor" if streams == 1 else f"{streams}x{tensor}"
         found[name] = (streams, tensor)
     return found
 
 
-def speedups(args: ModelArgs, network: Network, seconds) -> list[tuple[int, str, float]]:
+def speedups(args: ModelConfig, network: Network, seconds) -> list[tuple[int, str, float]]:
     """(machines, way, speed-up over one machine) for every way there is."""
     alone = seconds(network, 1, 1)
     return [
@@ -169,7 +172,7 @@ def speedups(args: ModelArgs, network: Network, seconds) -> list[tuple[int, str,
     ]
 
 
-def break_even_latency(args: ModelArgs, seconds) -> float:
+def break_even_latency(args: ModelConfig, seconds) -> float:
     """The latency below which two machines do better with tensor than with stream parallelism."""
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -182,7 +185,7 @@ def break_even_latency(args: ModelArgs, seconds) -> float:
     return low
 
 
-def tasks(args: ModelArgs) -> dict:
+def tasks(args: ModelConfig) -> dict:
     """What is asked, each as a function from a network and a way of sharing to seconds."""
     found = {
         work.name: lambda network, streams, tensor, work=work: decode_seconds(
@@ -196,7 +199,7 @@ def tasks(args: ModelArgs) -> dict:
     return found
 
 
-def print_task(args: ModelArgs, name: str, seconds, networks) -> None:
+def print_task(args: ModelConfig, name: str, seconds, networks) -> None:
     columns = [f"{machines} {way}" for machines in MACHINES[1:] for way in ways(args, machines)]
     print(f"\n{name}: {seconds(networks[0], 1, 1) * 1e3:.1f} ms on one machine")
     print(f"{'':20}" + "".join(f"{column:>11}" for column in columns))
@@ -227,7 +230,7 @@ def main():
         print(json.dumps(rows))
         return
     print(
-        f"P={args.parscale_n}, {layer_parameters(args) / 1e9:.2f} billion parameters in "
+        f"P={args.streams}, {layer_parameters(args) / 1e9:.2f} billion parameters in "
         f"{args.num_hidden_layers} layers, machines that read {M3_ULTRA.bandwidth / 1e9:.0f} GB/s "
         f"and compute {M3_ULTRA.compute / 1e12:.1f} TFLOP/s"
     )

@@ -24,6 +24,7 @@ from parscale_mlx.training.step import make_step
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from parscale_core.checkpoint.config import ModelConfig
 
 PREFIX = 48
 
@@ -42,7 +43,7 @@ class Side:
 
 def make_side(config: dict, streams: int, frozen: bool, shape: tuple[int, int]) -> Side:
     mx.random.seed(0)
-    model = parscale_mlx.Model(parscale_mlx.ModelArgs.from_dict(config))
+    model = parscale_mlx.Model(ModelConfig.from_dict(config))
     if streams > 1:
         pieces = mx.random.randint(0, config["vocab_size"], (streams, PREFIX))
         grafted = grafted_config(config, streams=streams, prefix_tokens=PREFIX)

@@ -12,11 +12,10 @@ preload()
 from parscale_mlx.adapter import load_adapter, with_streams  # noqa: E402
 from parscale_mlx.generation import batch_generate, generate, stream_generate  # noqa: E402
 from parscale_mlx.load import load, load_model  # noqa: E402
-from parscale_mlx.model import Model, ModelArgs  # noqa: E402
+from parscale_mlx.model import Model  # noqa: E402
 
 __all__ = [
     "Model",
-    "ModelArgs",
     "batch_generate",
     "generate",
     "load",

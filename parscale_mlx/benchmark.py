@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from parscale_mlx.adapter import Adapter, is_stream_parameter, take_streams, with_streams
-from parscale_mlx.model import Aggregator, Model, ModelArgs
+from parscale_mlx.adapter import Adapter, take_streams, with_streams
+from parscale_mlx.model import Aggregator, Model
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import make_prompt_cache
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.names import is_stream_tensor
 
 PREFIX, SMOOTH = 48, 0.01
 SMOLLM2 = {
@@ -75,7 +77,7 @@ def random_backbone(config: dict) -> Model:
     Raises:
         ValueError: the config describes no model that this package runs.
     """
-    model = Model(ModelArgs.from_dict(config | {"parscale_n": 1}))
+    model = Model(ModelConfig.from_dict(config | {"parscale_n": 1}))
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
     weights = tree_map(
         lambda a: (mx.random.normal(a.shape) * 0.02).astype(dtype), model.parameters()
@@ -86,9 +88,9 @@ def random_backbone(config: dict) -> Model:
 
 def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
     """A model's backbone, which shares its weights, and its streams if it has any."""
-    if model.args.parscale_n == 1:
+    if model.args.streams == 1:
         return model, None
-    backbone = Model(replace(model.args, parscale_n=1))
+    backbone = Model(replace(model.args, streams=1))
     _fill(backbone, model, config)
     return backbone, take_streams(model, backbone="", backbone_sha256="")
 
@@ -102,7 +104,7 @@ def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
     return twin
 
 
-def random_streams(args: ModelArgs, streams: int) -> Adapter:
+def random_streams(args: ModelConfig, streams: int) -> Adapter:
     """Streams that have learned nothing, for a backbone: they take as long as others do."""
     shape = (streams, args.num_key_value_heads, PREFIX, args.head_dim)
     weights = {
@@ -110,7 +112,7 @@ def random_streams(args: ModelArgs, streams: int) -> Adapter:
         for n in range(args.num_hidden_layers)
         for part in "kv"
     }
-    aggregator = Aggregator(replace(args, parscale_n=streams))
+    aggregator = Aggregator(replace(args, streams=streams))
     for name, value in dict(tree_flatten(aggregator.parameters())).items():
         weights[f"model.aggregator.{name}"] = value
     mx.eval(weights)
@@ -227,7 +229,7 @@ def _fill(model: nn.Module, source: Model, config: dict) -> None:
     weights = {
         name: value
         for name, value in dict(tree_flatten(source.parameters())).items()
-        if not is_stream_parameter(name)
+        if not is_stream_tensor(name)
     }
     if quantization := config.get("quantization"):
         nn.quantize(

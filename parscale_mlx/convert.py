@@ -1,41 +1,38 @@
 """Convert a checkpoint to an MLX folder: types, quantisation, streams for a model without them."""
 
 import io
-import shutil
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 
-from parscale_mlx import checkpoint, gguf, graft, hub
-from parscale_mlx.adapter import is_prefix
-from parscale_mlx.default_model import SMOLLM2
+from parscale_mlx import graft
 from parscale_mlx.drop_in import add_model_file, check_model_file
 from parscale_mlx.finite import check_weights
-from parscale_mlx.load import (
-    find_folder,
-    load_model,
-    load_tokenizer,
-    model_classes,
-    read_config,
-)
-from parscale_mlx.model import Model, ModelArgs
-from parscale_mlx.model_card import write_card
-from parscale_mlx.model_folder import (
-    LAYOUTS,
-    copy_files,
-    dequantized,
-    dtype_name,
-    progress_bar,
-    write_model,
-)
-from parscale_mlx.output import check_output, place, working_folder
+from parscale_mlx.load import load_model, load_tokenizer
+from parscale_mlx.model import Model
+from parscale_mlx.model_folder import LAYOUTS, dequantized, dtype_name, write_model
 
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters, quantize_model
+from parscale_core.checkpoint import hub
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.folder import find_folder, find_safetensors
+from parscale_core.checkpoint.gguf import reader as gguf
+from parscale_core.checkpoint.model_card import write_card
+from parscale_core.checkpoint.names import is_prefix
+from parscale_core.checkpoint.output import check_output, place, working_folder
+from parscale_core.checkpoint.packaged import SMOLLM2
+from parscale_core.checkpoint.tensors import Checkpoint
+from parscale_core.checkpoint.tokenizer import copy_files
 from parscale_core.finite import not_finite
+from parscale_core.progress import progress_bar
+from safetensors.numpy import save_file
 
 DTYPES = ("float32", "float16", "bfloat16")
 QUANTIZATION_MODES = {  # mode: its default group size and bits
@@ -150,8 +147,8 @@ def convert(
             check_model_file(config)
         return _describe(output, model, config)
     with working_folder(output) as work, _naming(found, work / "source"):
-        folder = _stage(found, work / "source", cast, progress)
-        check_weights(checkpoint.safetensors_files(folder), cast)
+        folder = _stage(found, work / "source", dtype, progress)
+        check_weights(find_safetensors(folder).files, cast)
         model, config = load_model(folder, lazy=True, dtype=cast)
         perplexities = None
         if streams is not None:
@@ -225,51 +222,64 @@ def _naming(source: Source, staged: Path) -> Iterator[None]:
         raise type(error)(str(error).replace(str(staged), str(source.path))) from error
 
 
-def _stage(source: Source, staged: Path, dtype: mx.Dtype | None, progress: bool) -> Path:
+def _stage(source: Source, staged: Path, dtype: str | None, progress: bool) -> Path:
     """A folder whose weights are safetensors, which MLX can leave on disk until they are used."""
     if source.is_gguf:
         file = gguf.open_gguf(source.path)
-        size = sum(a.nbytes for a in gguf.outline(file, dtype).values())
+        stored = np.dtype(dtype) if dtype else gguf.stored_type(file)
+        size = sum(prod(shape) for shape in gguf.tensor_shapes(file).values()) * stored.itemsize
         with progress_bar("Reading", size, "B", progress) as bar:
-            gguf.unpack_gguf(file, staged, dtype=dtype, on_bytes=bar.update)
+            gguf.unpack_gguf(file, staged, dtype=stored, on_bytes=bar.update)
         return staged
-    read_config(source.path)
-    checkpoint.check_files(source.path)
-    pickles = checkpoint.pickle_files(source.path)
-    if not pickles:
+    checkpoint = Checkpoint(source.path)
+    if not checkpoint.is_pickled:
         return source.path
-    staged.mkdir()
-    shutil.copyfile(source.path / "config.json", staged / "config.json")
-    copy_files(source.path, staged)
-    with progress_bar("Reading", len(pickles), "file", progress) as bar:
-        for n, pickle in enumerate(pickles):
-            weights = checkpoint.read_pickle(pickle)
-            mx.save_safetensors(str(staged / f"model-{n:05d}.safetensors"), weights)
-            bar.update()
+    _stage_pickles(checkpoint, staged, progress)
     return staged
+
+
+def _stage_pickles(checkpoint: Checkpoint, staged: Path, progress: bool) -> None:
+    staged.mkdir()
+    (staged / "config.json").write_text(json.dumps(checkpoint.config.raw), encoding="utf-8")
+    copy_files(checkpoint.folder, staged)
+    files = sorted({stored.file for stored in checkpoint.stored.values()})
+    places: dict[str, str] = {}
+    with progress_bar("Reading", len(files), "file", progress) as bar:
+        for n, file in enumerate(files):
+            names = [name for name, stored in checkpoint.stored.items() if stored.file == file]
+            places |= dict.fromkeys(names, f"model-{n:05d}.safetensors")
+            tensors = {name: checkpoint.read(name) for name in names}
+            save_file(tensors, staged / f"model-{n:05d}.safetensors")
+            bar.update()
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    (staged / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
 def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict]:
     """The model with weights that are not read, or are only zeros of their shapes."""
-    pickles = [] if source.is_gguf else checkpoint.pickle_files(source.path)
-    if not source.is_gguf and not pickles:
-        return load_model(source.path, lazy=True, dtype=dtype)
     if source.is_gguf:
         file = gguf.open_gguf(source.path)
-        config, weights = gguf.read_config(file), gguf.outline(file, dtype)
+        config = ModelConfig.from_dict(gguf.read_config(file))
+        stored = getattr(mx, gguf.stored_type(file).name)
+        shapes = gguf.tensor_shapes(file)
+        weights = {name: mx.zeros(shape, dtype or stored) for name, shape in shapes.items()}
     else:
-        config, weights = read_config(source.path), {}
-        checkpoint.check_files(source.path)
-        for pickle in pickles:
-            tensors = checkpoint.read_pickle(pickle)
-            weights |= {name: mx.zeros(a.shape, dtype or a.dtype) for name, a in tensors.items()}
+        checkpoint = Checkpoint(source.path)
+        if not checkpoint.is_pickled:
+            return load_model(source.path, lazy=True, dtype=dtype)
+        config = checkpoint.config
+        weights = {
+            name: mx.zeros(
+                checkpoint.shape(name), dtype or getattr(mx, checkpoint.stored[name].dtype)
+            )
+            for name in checkpoint.names()
+        }
+    model = Model(config)
     try:
-        model_class, args_class = model_classes(config)
-        model = model_class(args_class.from_dict(config))
-        model.load_weights(list(model.sanitize(weights).items()), strict=True)
-    except (ValueError, TypeError, KeyError) as error:
+        model.load_weights(list(weights.items()))
+    except ValueError as error:
         raise ValueError(f"{source.path}: {' '.join(str(error).split())[:300]}") from error
-    return model, config
+    return model, config.raw
 
 
 def _graft(
@@ -297,7 +307,7 @@ def _graft_blank(
     model: Model, config: dict, streams: int, prefix_tokens: int
 ) -> tuple[Model, dict]:
     config = graft.grafted_config(config, streams=streams, prefix_tokens=prefix_tokens)
-    args = ModelArgs.from_dict(config)
+    args = ModelConfig.from_dict(config)
     zeros = mx.zeros((streams, args.num_key_value_heads, prefix_tokens, args.head_dim))
     graft.graft(model, config, [(zeros, zeros)] * args.num_hidden_layers)
     return model, config
@@ -340,8 +350,8 @@ def _describe(
         bits_per_weight=size * 8 / parameters,
         dtype=dtype_name(model),
         quantization=config.get("quantization"),
-        streams=model.args.parscale_n,
-        prefix_tokens=model.args.parscale_n_tokens if prefixes else 0,
+        streams=model.args.streams,
+        prefix_tokens=model.args.prefix_length if prefixes else 0,
         base_perplexity=before,
         perplexity=after,
     )

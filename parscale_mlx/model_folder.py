@@ -1,17 +1,16 @@
 """Write a model's folder: as MLX holds it, or as the published PyTorch classes load it."""
 
 import json
-import shutil
 from pathlib import Path
 
 from parscale_mlx.graft import ARCHITECTURES
-from parscale_mlx.load import TOKENIZER_FILES
 from parscale_mlx.model import Model
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import dequantize_model, get_total_parameters, make_shards, save_config
-from tqdm import tqdm
+from parscale_core.checkpoint.names import HELD_COLUMNS, published_columns, published_name
+from parscale_core.progress import progress_bar
 
 SHARD_GB = 2
 LAYOUTS = {"mlx": "mlx", "hf": "pt"}  # name: what a safetensors file says of its format
@@ -66,11 +65,9 @@ def published_weights(model: Model) -> dict[str, mx.array]:
     """A model's weights as they are published: what ``Model.sanitize`` takes back."""
     published = {}
     for name, value in dict(tree_flatten(model.parameters())).items():
-        if name == "model.aggregator.fc1.weight":
-            d, streams = value.shape[0], model.args.parscale_n
-            value = value.reshape(d, streams, -1).swapaxes(1, 2).reshape(d, -1)
-        name = name.replace("aggregator.fc1", "aggregate_layer.0")
-        published[name.replace("aggregator.fc2", "aggregate_layer.2")] = value
+        if name == HELD_COLUMNS:
+            value = published_columns(value, model.args.streams)
+        published[published_name(name)] = value
     return published
 
 
@@ -87,30 +84,9 @@ def dequantized(model: Model, config: dict) -> tuple[Model, dict]:
     return model, {k: v for k, v in config.items() if not k.startswith("quantization")}
 
 
-def copy_files(origin: Path, folder: Path) -> None:
-    """Copy what makes a folder's weights a usable model: tokenizer and generation settings."""
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for file in origin.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
 def dtype_name(model: Model) -> str:
     """The type of a model's weights as ``config.json`` has it, those quantised left out."""
     return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
-
-
-def progress_bar(description: str, total: int, unit: str, progress: bool) -> tqdm:
-    """A bar on standard error where that is a terminal, if it is wanted at all."""
-    # None: where standard error is a terminal.
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        unit_scale=unit == "B",
-        disable=None if progress else True,
-        leave=False,
-    )
 
 
 def _config_to_write(model: Model, config: dict, to: str) -> dict:
@@ -118,7 +94,6 @@ def _config_to_write(model: Model, config: dict, to: str) -> dict:
     left_out = ("model_file",) if to == "hf" else ("model_file", "auto_map")
     config = {key: value for key, value in config.items() if key not in left_out}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(model)
-    if to == "hf" and model.args.parscale_n > 1:
-        family = model.args.model_type.removesuffix("_parscale")
-        config.setdefault("architectures", [ARCHITECTURES[family]])
+    if to == "hf" and model.args.streams > 1:
+        config.setdefault("architectures", [ARCHITECTURES[model.args.family]])
     return config

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from parscale_mlx.model import Model, ModelArgs
+from parscale_mlx.model import Model
 from parscale_mlx.ranks import all_gather, all_sum, gather_bytes
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace
+from parscale_core.checkpoint.config import ModelConfig
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -128,7 +129,7 @@ class SummedLinear(nn.Module):
         return x + self.bias if "bias" in self else x
 
 
-def plan(mode: str, group: mx.distributed.Group, args: ModelArgs) -> Parallel:
+def plan(mode: str, group: mx.distributed.Group, args: ModelConfig) -> Parallel:
     """Decide who runs what.
 
     Args:
@@ -139,7 +140,7 @@ def plan(mode: str, group: mx.distributed.Group, args: ModelArgs) -> Parallel:
     Raises:
         ValueError: the model cannot be shared so; the message says what can.
     """
-    ranks, P = group.size(), args.parscale_n
+    ranks, P = group.size(), args.streams
     if mode == "streams":
         streams = min(ranks, P)
         if P % streams or ranks % streams:

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from parscale_mlx.model import ModelArgs
+from parscale_core.checkpoint.config import ModelConfig
 
 TOKEN = 4  # bytes of a token id
 BYTES_SENT = 200  # offset of tcpi_bytes_sent and tcpi_bytes_retrans in Linux's struct tcp_info
@@ -31,7 +31,7 @@ class Traffic:
 
 
 def traffic_of_a_token(
-    args: ModelArgs, streams: int, tensor: int, *, itemsize: int, share_tokens: bool
+    args: ModelConfig, streams: int, tensor: int, *, itemsize: int, share_tokens: bool
 ) -> Traffic:
     """What each rank sends while one sequence advances by one token.
 
@@ -46,7 +46,9 @@ def traffic_of_a_token(
     return traffic + Traffic(others * TOKEN, others) if share_tokens else traffic
 
 
-def traffic_of_the_gather(args: ModelArgs, streams: int, tensor: int, *, itemsize: int) -> Traffic:
+def traffic_of_the_gather(
+    args: ModelConfig, streams: int, tensor: int, *, itemsize: int
+) -> Traffic:
     """What each rank sends for the final hidden states of one token.
 
     A ring of N ranks gathers in N - 1 steps, in each of which a rank passes on what one rank gave.
@@ -54,11 +56,11 @@ def traffic_of_the_gather(args: ModelArgs, streams: int, tensor: int, *, itemsiz
     if streams == 1:
         return Traffic(0, 0)
     others = streams * tensor - 1
-    own = args.parscale_n // streams * args.hidden_size // tensor
+    own = args.streams // streams * args.hidden_size // tensor
     return Traffic(others * own * itemsize, others)
 
 
-def traffic_of_the_sums(args: ModelArgs, streams: int, tensor: int, *, itemsize: int) -> Traffic:
+def traffic_of_the_sums(args: ModelConfig, streams: int, tensor: int, *, itemsize: int) -> Traffic:
     """What each rank sends for the two sums in every layer of one token.
 
     A ring of N ranks sums in 2 (N - 1) steps, in each of which a rank passes on an N-th of the
@@ -68,7 +70,7 @@ def traffic_of_the_sums(args: ModelArgs, streams: int, tensor: int, *, itemsize:
         return Traffic(0, 0)
     ranks = streams * tensor
     steps = 2 * args.num_hidden_layers * 2 * (ranks - 1)
-    return Traffic(steps * args.parscale_n * args.hidden_size * itemsize // ranks, steps)
+    return Traffic(steps * args.streams * args.hidden_size * itemsize // ranks, steps)
 
 
 def sent_bytes() -> int | None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from parscale_mlx import benchmark, machine
 from parscale_mlx.adapter import Adapter, load_adapter
-from parscale_mlx.load import find_folder, load_model
+from parscale_mlx.load import load_model
 from parscale_mlx.model import Model
 
 import mlx.core as mx
 from mlx_lm.utils import quantize_model
+from parscale_core.checkpoint.folder import find_folder
 from tqdm import tqdm
 
 from parscale_cli.analysis.roofline import Work, step

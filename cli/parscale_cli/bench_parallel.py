@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from parscale_mlx import benchmark, parallel_benchmark
-from parscale_mlx.load import find_folder, identity
+from parscale_mlx.load import identity
 from parscale_mlx.parallel import plan
 from parscale_mlx.ranks import check_same, check_same_input, join
 
 import click
 import mlx.core as mx
+from parscale_core.checkpoint.folder import find_folder
 from tqdm import tqdm
 
 from parscale_cli.bench_mlx import load_backbone
@@ -44,7 +45,7 @@ def measure_all(
     plain, config, adapters = load_backbone(*backbone, default=benchmark.QWEN2_5_HALF_B)
     check_same_input(group, "shape or option", config, modes, streams, prompt, tokens, repeats)
     for P, mode in ((P, mode) for P in streams for mode in modes):
-        plan(mode, group, replace(plain.args, parscale_n=P))  # refuses before long work
+        plan(mode, group, replace(plain.args, streams=P))  # refuses before long work
     rows = []
     turns = len(streams) * len(prompt) * (len(modes) + 1) * (repeats + 1)
     with tqdm(total=turns, desc="measuring", disable=None, leave=False) as bar:

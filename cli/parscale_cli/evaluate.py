@@ -171,8 +171,10 @@ def evaluate(model, adapters, streams, output, force, as_json, parallel, **optio
     if tasks:
         harness = _import_harness()
         manager, tasks = harness.open_tasks(tasks, folders)
-    from parscale_mlx.default_model import EMBEDDED
-    from parscale_mlx.load import find_folder, open_models
+    from parscale_mlx.load import open_models
+
+    from parscale_core.checkpoint.folder import find_folder
+    from parscale_core.checkpoint.packaged import EMBEDDED
 
     models, tokenizer = open_models(
         find_folder(model or EMBEDDED), adapters, streams or (), parallel=parallel

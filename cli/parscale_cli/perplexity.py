@@ -129,9 +129,11 @@ def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int,
             )
         yield from _onnx_scorers(model, streams)
         return
-    from parscale_mlx.default_model import EMBEDDED
     from parscale_mlx.evaluation.losses import token_losses
-    from parscale_mlx.load import find_folder, open_models
+    from parscale_mlx.load import open_models
+
+    from parscale_core.checkpoint.folder import find_folder
+    from parscale_core.checkpoint.packaged import EMBEDDED
 
     folder = find_folder(model or EMBEDDED)
     models, tokenizer = open_models(folder, adapters, streams or (), parallel=parallel)

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from parscale_mlx import load, prompt_cache, stream_generate
-from parscale_mlx.default_model import EMBEDDED
-from parscale_mlx.load import find_adapter, find_folder, identity, load_draft
+from parscale_mlx.load import find_adapter, identity, load_draft
 from parscale_mlx.ranks import check_same, check_same_input
 from parscale_mlx.streams import StreamRecorder
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from parscale_core.checkpoint.folder import find_folder
+from parscale_core.checkpoint.packaged import EMBEDDED
 
 from parscale_cli.answer import Piece, StopStrings
 from parscale_cli.sampling import Sampling
@@ -64,7 +65,7 @@ class MlxRuntime:
         self.model, self.tokenizer = load(
             folder, adapter_path=adapter, dequantize=dequantize, parallel=parallel
         )
-        self.streams = self.model.args.parscale_n
+        self.streams = self.model.args.streams
         self.cache_file, self.max_kv_size = prompt_cache, max_kv_size
         self.keep_cache = False
         self.kept: tuple[list, list[int]] | None = None

@@ -141,12 +141,14 @@ def serve(
         raise click.UsageError("--draft-model cannot go with --parallel")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
-    from parscale_mlx.default_model import EMBEDDED
-    from parscale_mlx.load import find_adapters, find_folder, load_draft, open_models
+    from parscale_mlx.load import find_adapters, load_draft, open_models
     from parscale_mlx.ranks import check_same
     from parscale_mlx.serve.models import ServedModels
     from parscale_mlx.serve.server import follow, open_server, serve_until_signalled
     from parscale_mlx.serve.settings import Settings
+
+    from parscale_core.checkpoint.folder import find_folder
+    from parscale_core.checkpoint.packaged import EMBEDDED
 
     folder = find_folder(model or EMBEDDED)
     settings = Settings(temperature=temp, allowed_origins=origins, **limits)

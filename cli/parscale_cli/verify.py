@@ -101,15 +101,15 @@ class _Reference:
     def __init__(self, path_or_name: str, adapter: Path | None):
         from parscale_mlx import load_model
         from parscale_mlx.adapter import load_adapter, with_streams
-        from parscale_mlx.load import find_folder
 
         import mlx.core as mx
+        from parscale_core.checkpoint.folder import find_folder
 
         self.folder = find_folder(path_or_name)
         self.model, config = load_model(self.folder, dtype=mx.float32)
         if adapter is not None:
             self.model = with_streams(self.model, load_adapter(adapter, backbone=self.folder))
-        self.streams, self.vocab_size = self.model.args.parscale_n, config["vocab_size"]
+        self.streams, self.vocab_size = self.model.args.streams, config["vocab_size"]
 
     def greedy(self, prompt: list[int], tokens: int):
         """Greedy tokens, and the logits [tokens, vocab] that chose them."""

@@ -1,30 +1,30 @@
 """Write a model folder as an ONNX folder: graph, external data, configuration and tokenizer."""
 
-import errno
 import hashlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from parscale_core.checkpoint.adapter import (
+    AdapterFolder,
+    adapter_folders,
+    fingerprint,
+    read_adapter,
+)
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.output import EXPORT, check_output, place, working_folder
+from parscale_core.checkpoint.rope import inverse_frequencies
+from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export import targets
-from parscale_export.adapter import Adapter, fingerprint, read_adapter
-from parscale_export.checkpoint import Checkpoint
-from parscale_export.config import Config
 from parscale_export.fused import MAX_CUDA_HEADS, context_length
 from parscale_export.graph import Options, build, folded_heads
-from parscale_export.rope import inverse_frequencies
 from parscale_export.weights import BITS, FLOATS
 
 PRECISIONS = (*FLOATS, *BITS)
-# What renaming a folder to a place says where another stands there.
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 LARGE = 1024  # bytes; a larger tensor is kept beside its graph
 _CHOICES = {
     "target": tuple(targets.PRESETS),
@@ -109,7 +109,7 @@ def export_onnx(
         aggregation_weights=aggregation_weights,
     )
     output = Path(output)
-    check_output(output, force=force)
+    check_output(output, force=force, marker=EXPORT)
     checkpoint = Checkpoint(source)
     if output.resolve() in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise ValueError(f"{output}: the model to export is in there")
@@ -117,11 +117,13 @@ def export_onnx(
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
     longest = max(c.config.prefix_length if c.config.streams > 1 else 0 for c in checkpoints)
     options = replace(options, longest_prefix=longest)
-    with _appearing(output, force=force) as folder:
+    with working_folder(output) as work:
         graph, data = targets.file_names(target, options)
-        (folder / graph).parent.mkdir(exist_ok=True)
+        folder = work / "export"
+        (folder / graph).parent.mkdir(parents=True)
         _write_models(checkpoints, options, folder / graph, data, progress)
         targets.write_side_files(checkpoint.folder, folder, checkpoint.config, options, target)
+        place(folder, output, work / "replaced", force=force)
     return output
 
 
@@ -130,23 +132,18 @@ def _with_adapters(
 ) -> list[Checkpoint]:
     """The checkpoint in a folder once more for each adapter over it."""
     one_graph = target in targets.ONE_GRAPH
-    if not adapters and not one_graph:
-        adapters = sorted((folder / "adapters").glob("*/"))
-    if not adapters:
+    folders = adapter_folders(folder, adapters) if adapters or not one_graph else []
+    if not folders:
         return []
     if one_graph:
         raise ValueError(
             f"target {target} reads one graph a folder, so it takes no adapters; fuse each with "
             "the model, and export the results"
         )
-    own, found = fingerprint(folder), dict[int, Adapter]()
-    for path in adapters:
+    own, found = fingerprint(folder), dict[int, AdapterFolder]()
+    for path in folders:
         adapter = read_adapter(path)
-        if adapter.backbone_sha256 != own:
-            raise ValueError(
-                f"{path}: this adapter belongs to another backbone ({adapter.backbone}), or to "
-                f"other weights of it than those in {folder}"
-            )
+        adapter.check_backbone(folder, own)
         if adapter.streams in found:
             raise ValueError(
                 f"{path} and {found[adapter.streams].folder} both have P={adapter.streams}"
@@ -215,24 +212,7 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
     return options
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    """Refuse to write over anything but an export that may be replaced.
-
-    Raises:
-        FileExistsError: something is there, and not ``force`` or not an export.
-    """
-    if not output.exists() and not output.is_symlink():
-        return
-    if not force:
-        raise FileExistsError(f"{output}: already exists; --force replaces it")
-    is_export = output.is_dir() and not output.is_symlink() and (
-        any(output.glob("*.onnx")) or any(output.glob("onnx/*.onnx")) or not any(output.iterdir())
-    )  # fmt: skip
-    if not is_export:
-        raise FileExistsError(f"{output}: exists and is not an ONNX export, so it is not replaced")
-
-
-def _check_model(config: Config, options: Options, folder: Path, target: str | None) -> None:
+def _check_model(config: ModelConfig, options: Options, folder: Path, target: str | None) -> None:
     try:
         inverse_frequencies(config)
     except ValueError as error:
@@ -248,35 +228,6 @@ def _check_model(config: Config, options: Options, folder: Path, target: str | N
             f"{folder / 'config.json'}: {heads} heads in a row are more than the {MAX_CUDA_HEADS} "
             "that GroupQueryAttention on CUDA takes; use --target cuda with --kv-layout batch"
         )
-
-
-@contextmanager
-def _appearing(output: Path, *, force: bool) -> Iterator[Path]:
-    """A new folder beside ``output`` that takes its place at the end, or vanishes.
-
-    Raises:
-        FileExistsError: another process wrote ``output`` meanwhile.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    folder, replaced = work / "new", work / "old"
-    meanwhile = f"{output} was made by another process meanwhile"
-    folder.mkdir()
-    try:
-        yield folder
-        if output.exists() or output.is_symlink():
-            if not force:
-                raise FileExistsError(meanwhile)
-            output.rename(replaced)
-        folder.rename(output)
-    except BaseException as error:
-        if replaced.exists() and not output.exists():
-            replaced.rename(output)
-        if isinstance(error, OSError) and error.errno in TAKEN:  # since the lines above
-            raise FileExistsError(meanwhile) from error
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_models(

@@ -11,16 +11,16 @@ queries of these rows are zero and their results are cut off.
 
 import numpy as np
 import onnx_ir as ir
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.rope import inverse_frequencies, rotate
 
-from parscale_export.config import Config
 from parscale_export.graph import MICROSOFT, Builder, folded_heads
-from parscale_export.rope import inverse_frequencies, rotate
 
 # Query heads that the operator takes on CUDA.
 MAX_CUDA_HEADS = 1024
 
 
-def context_length(config: Config) -> int:
+def context_length(config: ModelConfig) -> int:
     """How many tokens the rotary tables reach: what the model was trained for, or 8192."""
     return max(config.max_position_embeddings, 8192)
 

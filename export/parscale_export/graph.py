@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.tensors import Checkpoint
 
-from parscale_export.checkpoint import Checkpoint
-from parscale_export.config import Config
 from parscale_export.quantize import has_remainders, stored_columns
 from parscale_export.weights import BITS, Weights
 
@@ -50,7 +50,7 @@ class Options:
 class Builder(ir.tape.Tape):
     """Records nodes and initializers; calling it adds a node."""
 
-    def __init__(self, config: Config, options: Options, weights: Weights):
+    def __init__(self, config: ModelConfig, options: Options, weights: Weights):
         super().__init__()
         self.config, self.options, self.weights = config, options, weights
         self._constants: dict[tuple, ir.Value] = {}
@@ -218,7 +218,7 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
 KV = ("key", "value")
 
 
-def folded_heads(config: Config, kv_layout: str) -> tuple[int, int, int]:
+def folded_heads(config: ModelConfig, kv_layout: str) -> tuple[int, int, int]:
     """How many query heads and key-value heads attention has, and rows for each sequence."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if kv_layout == "heads":
@@ -226,7 +226,7 @@ def folded_heads(config: Config, kv_layout: str) -> tuple[int, int, int]:
     return heads, kv_heads, config.streams
 
 
-def _inputs(config: Config, options: Options, dtype: ir.DataType):
+def _inputs(config: ModelConfig, options: Options, dtype: ir.DataType):
     def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 

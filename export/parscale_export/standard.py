@@ -7,10 +7,10 @@ prefix's keys go, without rotary embedding, before the first call's own; every q
 
 import numpy as np
 import onnx_ir as ir
+from parscale_core.checkpoint.rope import inverse_frequencies
 
 from parscale_export.fused import prefix_rows
 from parscale_export.graph import Builder, folded_heads
-from parscale_export.rope import inverse_frequencies
 
 
 class StandardOperators:

@@ -1,13 +1,12 @@
 """Presets for where an export is to run, and the files that each runtime reads beside the graph."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from parscale_core.checkpoint.tokenizer import end_tokens, read_object
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.tokenizer import copy_files, end_tokens, read_object
 
-from parscale_export.config import Config
 from parscale_export.graph import Options, folded_heads
 
 PRESETS: dict[str | None, dict[str, str]] = {
@@ -25,10 +24,6 @@ GENAI = ("genai", "genai-cuda")
 ONE_GRAPH = (*GENAI, "web")  # whose runtimes know nothing of streams, and read a graph a folder
 # A recorded graph of genai's has a mask as long as its buffers, which leaves the prefix no room.
 _GENAI_CUDA_OPTIONS = {"enable_cuda_graph": "0", "sdpa_kernel": "3"}
-TOKENIZER_FILES = (
-    "tokenizer*.json", "tokenizer.model", "chat_template*", "special_tokens_map.json",
-    "added_tokens.json", "generation_config.json", "merges.txt", "vocab.json", "vocab.txt",
-)  # fmt: skip
 GENERATION = "generation_config.json"
 # Of a Hugging Face config, what no longer holds once the model is a graph.
 _LEFT_OUT = ("auto_map", "quantization", "quantization_config", "torch_dtype", "dtype")
@@ -48,13 +43,10 @@ def file_names(target: str | None, options: Options) -> tuple[str, str]:
 
 
 def write_side_files(
-    source: Path, folder: Path, config: Config, options: Options, target: str | None
+    source: Path, folder: Path, config: ModelConfig, options: Options, target: str | None
 ) -> None:
     """Write ``config.json``, copy the tokenizer's files, and add what ``target`` reads."""
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+    copy_files(source, folder)
     ours = {name: value for name, value in config.raw.items() if name not in _LEFT_OUT}
     ends = end_tokens(source)
     if ends:
@@ -83,7 +75,7 @@ def _transformers_js(graph: str) -> dict[str, Any]:
     return {"dtype": dtype, "use_external_data_format": {graph: 1}}
 
 
-def _ordinary_decoder(config: Config, options: Options) -> dict[str, Any]:
+def _ordinary_decoder(config: ModelConfig, options: Options) -> dict[str, Any]:
     """The folded model as runtimes know it: a plain decoder with P times the heads."""
     heads, kv_heads, _ = folded_heads(config, options.kv_layout)
     return {
@@ -95,7 +87,7 @@ def _ordinary_decoder(config: Config, options: Options) -> dict[str, Any]:
 
 
 def _genai_config(
-    source: Path, config: Config, options: Options, ends: list[int], providers: list[dict]
+    source: Path, config: ModelConfig, options: Options, ends: list[int], providers: list[dict]
 ) -> dict[str, Any]:
     heads, kv_heads, _ = folded_heads(config, options.kv_layout)
     named = config.raw | read_object(source / GENERATION)

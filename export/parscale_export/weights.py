@@ -9,9 +9,9 @@ from functools import lru_cache, partial
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.finite import not_finite
 
-from parscale_export.checkpoint import Checkpoint
 from parscale_export.quantize import Blocks, pack, quantize
 
 FLOATS = {

@@ -4,20 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from parscale_mlx.default_model import EMBEDDED
 from parscale_mlx.engine.engine import MlxEngine
-from parscale_mlx.load import (
-    find_adapters,
-    find_folder,
-    identity,
-    load_draft,
-    open_models,
-    read_config,
-)
+from parscale_mlx.load import find_adapters, identity, load_draft, open_models
 from parscale_mlx.ranks import check_same
 
 import mlx.core as mx
 import psutil
+from parscale_core.checkpoint.config import read_config
+from parscale_core.checkpoint.folder import find_folder
+from parscale_core.checkpoint.packaged import EMBEDDED
 
 # Of the free memory, what plain weights may take.
 MEMORY_SHARE = 0.5
@@ -79,7 +74,7 @@ def open_engine(
 
 def plain_weights_are_better(folder: Path) -> bool:
     """Whether a model's weights are quantised, MLX computes on the CPU, and plain ones fit."""
-    config = read_config(folder)
+    config = read_config(folder).raw
     quantized = config.get("quantization") or config.get("quantization_config")
     if not quantized or mx.default_device() != mx.cpu:
         return False

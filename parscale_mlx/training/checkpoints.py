@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from parscale_mlx.adapter import load_adapter, save_adapter, take_streams
-from parscale_mlx.checkpoint import check_files, safetensors_files
-from parscale_mlx.model_folder import copy_files, write_model
-from parscale_mlx.output import place, working_folder
+from parscale_mlx.model_folder import write_model
 from parscale_mlx.training.start import Start
 
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
+from parscale_core.checkpoint.folder import find_safetensors
+from parscale_core.checkpoint.output import place, working_folder
+from parscale_core.checkpoint.tokenizer import copy_files
 
 FOLDER, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.safetensors"
 
@@ -81,8 +82,7 @@ def load_checkpoint(folder: Path, start: Start, optimizer: Optimizer) -> Positio
     """
     try:
         if start.backbone_sha256 is None:
-            check_files(folder)
-            weights = [pair for f in safetensors_files(folder) for pair in _load(f).items()]
+            weights = [pair for f in find_safetensors(folder).files for pair in _load(f).items()]
             start.model.load_weights(weights, strict=True)
         else:
             adapter = load_adapter(folder)

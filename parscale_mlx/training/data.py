@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from parscale_mlx.load import load_tokenizer, read_config
+from parscale_mlx.load import load_tokenizer
 from parscale_mlx.training.batches import bound, pack, split
 from parscale_mlx.training.documents import Document, read_documents, valid_beside
 from parscale_mlx.training.settings import TrainSettings
+
+from parscale_core.checkpoint.config import read_config
 
 
 @dataclass
@@ -31,7 +33,7 @@ def read_data(settings: TrainSettings, folder: Path) -> Data:
             or a sample is too long, or the model has no embedding for a token.
     """
     config = read_config(folder)
-    tokenizer = load_tokenizer(folder, config)
+    tokenizer = load_tokenizer(folder, config.raw)
     read = partial(
         read_documents,
         tokenizer=tokenizer,
@@ -51,7 +53,7 @@ def read_data(settings: TrainSettings, folder: Path) -> Data:
         valid = _sequences(held_out, settings, settings.data)
     else:
         train, valid = split(_sequences(documents, settings, settings.data), settings.hold_out)
-    _check_tokens(train + valid, config.get("vocab_size", 0), folder)
+    _check_tokens(train + valid, config.vocab_size, folder)
     return Data(train, _spread(valid, settings.eval_sequences))
 
 

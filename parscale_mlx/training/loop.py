@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parscale_mlx.output import check_output, place, working_folder
 from parscale_mlx.training import batches, machines
 from parscale_mlx.training.checkpoints import (
     Position,
@@ -33,6 +32,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
+from parscale_core.checkpoint.output import check_output, place, working_folder
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from parscale_mlx.adapter import is_prefix, is_stream_parameter
 from parscale_mlx.model import Model
 from parscale_mlx.training.settings import TrainSettings
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
+from parscale_core.checkpoint.names import is_prefix, is_stream_tensor
 
 BETAS = [0.9, 0.95]
 
@@ -23,12 +23,12 @@ def make_optimizer(settings: TrainSettings, model: Model) -> optim.MultiOptimize
     # A weight belongs to the first group that it fits.
     streams: list[tuple[Callable, float, float]] = [
         (lambda name, w: is_prefix(name), streams_lr, 0.0),
-        (lambda name, w: is_stream_parameter(name) and _is_matrix(w), aggregator_lr, 1.0),
-        (lambda name, w: is_stream_parameter(name), aggregator_lr, 0.0),
+        (lambda name, w: is_stream_tensor(name) and _is_matrix(w), aggregator_lr, 1.0),
+        (lambda name, w: is_stream_tensor(name), aggregator_lr, 0.0),
     ]
     backbone: list[tuple[Callable, float, float]] = [
-        (lambda name, w: not is_stream_parameter(name) and _is_matrix(w), settings.lr, 1.0),
-        (lambda name, w: not is_stream_parameter(name), settings.lr, 0.0),
+        (lambda name, w: not is_stream_tensor(name) and _is_matrix(w), settings.lr, 1.0),
+        (lambda name, w: not is_stream_tensor(name), settings.lr, 0.0),
     ]
     # The first one's learning rate is the one reported.
     groups = backbone + streams if settings.trains_backbone else streams + backbone

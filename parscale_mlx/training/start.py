@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 
-from parscale_mlx.adapter import fingerprint, is_stream_parameter, load_adapter, with_streams
+from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.graft import graft, grafted_config, make_prefixes
-from parscale_mlx.load import find_folder, load_model, model_classes, read_config
+from parscale_mlx.load import load_model
 from parscale_mlx.model import Model
 from parscale_mlx.training.documents import Document
 from parscale_mlx.training.settings import TrainSettings
@@ -14,6 +14,10 @@ from parscale_mlx.training.settings import TrainSettings
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
+from parscale_core.checkpoint.adapter import fingerprint
+from parscale_core.checkpoint.config import read_config
+from parscale_core.checkpoint.folder import find_folder
+from parscale_core.checkpoint.names import is_stream_tensor
 
 
 @dataclass
@@ -39,7 +43,7 @@ def start_folder(settings: TrainSettings) -> Path:
         FileNotFoundError, ValueError: there is none, or the sequences are longer than the model's.
     """
     folder = find_folder(settings.model or settings.config or "")
-    longest = read_config(folder).get("max_position_embeddings", 32768)
+    longest = read_config(folder).max_position_embeddings
     if settings.seq_length > longest:
         raise ValueError(
             f"--seq-length {settings.seq_length} is more than the model's "
@@ -68,12 +72,12 @@ def make_start(settings: TrainSettings, folder: Path, documents: list[Document])
         raise ValueError(f"{folder}: quantised weights cannot be trained, only streams over them")
     if settings.adapter is not None:
         adapter = load_adapter(settings.adapter, backbone=folder)
-        sizes = dict(streams=adapter.streams, prefix_tokens=adapter.prefix_tokens)
-        config = grafted_config(config, **sizes) | {"parscale_attn_smooth": adapter.smooth}
+        sizes = dict(streams=adapter.streams, prefix_tokens=adapter.prefix_length)
+        config = grafted_config(config, **sizes) | {"parscale_attn_smooth": adapter.smoothing}
         model = with_streams(model, adapter)
     elif settings.streams is not None:
         config = _graft(settings, model, config, documents)
-    elif settings.stage == "streams" and model.args.parscale_n == 1:
+    elif settings.stage == "streams" and model.args.streams == 1:
         raise ValueError(f"{folder}: this model has no streams; say how many (--streams)")
     if not settings.trains_backbone:
         train_streams_only(model, getattr(mx, settings.dtype))
@@ -82,12 +86,8 @@ def make_start(settings: TrainSettings, folder: Path, documents: list[Document])
 
 
 def _from_nothing(folder: Path, settings: TrainSettings) -> Start:
-    config = read_config(folder)
-    try:
-        model_class, args_class = model_classes(config)
-        model = model_class(args_class.from_dict(config))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    model = Model(read_config(folder))
+    config = model.args.raw
     scale = config.get("initializer_range", 0.02)
     # The residual stream is a sum over all layers: what adds to it starts smaller (GPT-2).
     residual = scale / sqrt(2 * model.args.num_hidden_layers)
@@ -141,5 +141,5 @@ def train_streams_only(model: Model, dtype: mx.Dtype) -> None:
         layer.self_attn.unfreeze(recurse=False, keys=["prefix_k", "prefix_v"])
     model.model.aggregator.unfreeze()
     streams = dict(tree_flatten(model.trainable_parameters())).items()
-    assert all(is_stream_parameter(name) for name, _ in streams)
+    assert all(is_stream_tensor(name) for name, _ in streams)
     model.load_weights([(name, value.astype(dtype)) for name, value in streams], strict=False)

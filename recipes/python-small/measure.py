@@ -10,13 +10,14 @@ from pathlib import Path
 
 import parscale_mlx
 from parscale_mlx.adapter import load_adapter, with_streams
-from parscale_mlx.load import load_tokenizer, read_config
+from parscale_mlx.load import load_tokenizer
 from parscale_mlx.training.batches import make_batch
 from parscale_mlx.training.documents import Document, read_documents
 from parscale_mlx.training.step import summed_loss
 
 import mlx.core as mx
 import numpy as np
+from parscale_core.checkpoint.config import read_config
 from plan import Plan
 from runs import stage_two
 
@@ -52,7 +53,7 @@ def measure(work: Path, plan: Plan) -> None:
 
 def held_out(work: Path, plan: Plan, folder: Path) -> list[list[Document]]:
     """Held-out files as windows of at most ``seq_length`` + 1 tokens, up to ``eval_tokens``."""
-    tokenizer = load_tokenizer(folder, read_config(folder))
+    tokenizer = load_tokenizer(folder, read_config(folder).raw)
     documents = read_documents([str(work / "corpus" / "held-out")], tokenizer)
     order = np.random.default_rng(0).permutation(len(documents))
     files, total, length = [], 0, plan.seq_length

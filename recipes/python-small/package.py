@@ -3,10 +3,11 @@
 import shutil
 from pathlib import Path
 
-from parscale_mlx.adapter import fingerprint, load_adapter, save_adapter
+from parscale_mlx.adapter import load_adapter, save_adapter
 from parscale_mlx.convert import convert
 
 import mlx.core as mx
+from parscale_core.checkpoint.adapter import fingerprint
 from plan import Plan
 from runs import stage_two
 

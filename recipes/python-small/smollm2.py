@@ -11,11 +11,11 @@ from pathlib import Path
 
 import parscale_mlx
 from parscale_mlx.adapter import load_adapter, with_streams
-from parscale_mlx.default_model import smollm2_folder
 
 import numpy as np
 from corpus import copy_source
 from measure import count, file_losses, held_out, summarise, table
+from parscale_core.checkpoint.packaged import smollm2_folder
 from plan import Plan
 from runs import train_once
 

@@ -5,8 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from parscale_mlx.default_model import smollm2_folder
-
+from parscale_core.checkpoint.packaged import smollm2_folder
 from plan import Plan, Run
 
 PARSCALE = (sys.executable, "-c", "from parscale_cli.main import cli; cli()")

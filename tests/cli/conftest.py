@@ -48,7 +48,9 @@ def backbone(tmp_path_factory) -> Path:
 def adapter(backbone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "p4"
     import parscale_mlx
-    from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
+    from parscale_mlx.adapter import save_adapter, take_streams
+
+    from parscale_core.checkpoint.adapter import fingerprint
 
     model, _ = parscale_mlx.load_model(GOLDEN / "p4")
     sha256 = fingerprint(backbone)

@@ -5,9 +5,10 @@ import shutil
 
 import parscale_mlx
 from parscale_mlx import machine
-from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
+from parscale_mlx.adapter import save_adapter, take_streams
 
 import pytest
+from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
 from tiny_models import GOLDEN, error_line
 

@@ -3,9 +3,8 @@
 import json
 import math
 
-from parscale_mlx.default_model import EMBEDDED
-
 import pytest
+from parscale_core.checkpoint.packaged import EMBEDDED
 
 STREAMS = (1, 2, 4, 8)
 PYTHON = """\

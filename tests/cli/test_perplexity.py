@@ -43,9 +43,11 @@ def run(parscale, *arguments) -> dict:
 
 def test_perplexities_are_those_of_whole_texts(parscale, backbone, adapter, file, texts):
     model, _ = load_model(backbone)
-    from parscale_mlx.load import load_tokenizer, read_config
+    from parscale_mlx.load import load_tokenizer
 
-    tokenizer = load_tokenizer(backbone, read_config(backbone))
+    from parscale_core.checkpoint.config import read_config
+
+    tokenizer = load_tokenizer(backbone, read_config(backbone).raw)
     models = {1: model, 4: with_streams(model, load_adapter(adapter))}
     report = run(parscale, file, "--model", backbone, "--adapter", adapter, "--batch-size", 4)
     assert (report["documents"], report["windows"]) == (30, 30)

@@ -5,19 +5,22 @@ from pathlib import Path
 
 import numpy as np
 from cases import GOLDEN
-from parscale_export.adapter import fingerprint
+from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
 
 
 def split(case: str, folder: Path) -> tuple[Path, Path]:
     """Write a golden case as a Qwen2 checkpoint of one stream, and an adapter over it."""
-    backbone, streams = folder / "backbone", {}
+    backbone, streams, places = folder / "backbone", {}, {}
     backbone.mkdir(parents=True)
     for file in sorted((GOLDEN / case).glob("model*.safetensors")):
         tensors = load_file(file)
         own = [name for name in tensors if "prefix" in name or "aggregate" in name]
         streams |= {name: tensors.pop(name) for name in own}
         save_file(tensors, backbone / file.name)
+        places |= dict.fromkeys(tensors, file.name)
+    index = backbone / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
     config = json.loads((GOLDEN / case / "config.json").read_text())
     plain = {name: value for name, value in config.items() if "parscale" not in name}
     plain |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}

@@ -61,7 +61,7 @@ def test_errors_are_one_line(parscale, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("keep")
     wrong = [
-        (1, "already exists; --force", ["export-onnx", "--model", P4, "-o", tmp_path / "out"]),
+        (1, "exists already (--force", ["export-onnx", "--model", P4, "-o", tmp_path / "out"]),
         (1, "no config.json", ["export-onnx", "--model", tmp_path, "-o", tmp_path / "new"]),
         (1, "model.onnx", ["verify", P4, "--against", P4]),
         (2, "--precision", ["export-onnx", "--model", P4, "-o", "x", "--precision", "int3"]),

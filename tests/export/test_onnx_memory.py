@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parscale_export.checkpoint import expected_shapes
-from parscale_export.config import read_config
+from parscale_core.checkpoint.config import read_config, tensor_shapes
 from safetensors.numpy import save_file
 
 pytestmark = [
@@ -48,7 +47,7 @@ def write_model(folder: Path, layers: int) -> int:
     """A float16 checkpoint of so many layers; its size in float32."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-    shapes, random = expected_shapes(read_config(folder)), np.random.default_rng(0)
+    shapes, random = tensor_shapes(read_config(folder)), np.random.default_rng(0)
     tensors = {n: random.random(s, np.float32).astype(np.float16) for n, s in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
     return sum(4 * tensor.size for tensor in tensors.values())

@@ -66,7 +66,7 @@ SOURCES = {
     "other P": (config(parscale_n=2), ValueError, r"prefix_k has shape \[4, .* parscale_n 2"),
     "P of 1": (config(parscale_n=1), ValueError, "parscale_n 1"),
     "other prefix": (config(parscale_n_tokens=9), ValueError, "parscale_n_tokens 9"),
-    "no P": (config(parscale_n="4"), ValueError, "parscale_n is '4'"),
+    "no P": (config(parscale_n="4"), ValueError, "parscale_n '4' is"),
     "architecture": (config(model_type="gpt2"), ValueError, "model_type 'gpt2'"),
     "rope": (config(rope_scaling={"type": "dynamic"}), ValueError, r"config\.json: .*'dynamic'"),
     "rope field": (config(rope_scaling={"type": "yarn"}), ValueError, r"'yarn' lacks 'factor'"),
@@ -161,7 +161,7 @@ def test_existing_outputs(tmp_path):
     output = tmp_path / "out"
     export_onnx(GOLDEN / "p4", output)
     before = (output / "model.onnx").read_bytes()
-    with pytest.raises(FileExistsError, match=r"out: already exists; --force"):
+    with pytest.raises(FileExistsError, match=r"out exists already \(--force"):
         export_onnx(GOLDEN / "p1", output)
     assert (output / "model.onnx").read_bytes() == before
     export_onnx(GOLDEN / "p1", output, force=True)

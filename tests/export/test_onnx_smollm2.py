@@ -23,9 +23,8 @@ LIMITS = {"fp32": 1e-4, "int8": 0.01, "int4": 0.10}
 def reference():
     """The model's folder, its tokenizer, and in MLX its greedy tokens and perplexity."""
     parscale_mlx = pytest.importorskip("parscale_mlx")
-    from parscale_mlx.default_model import smollm2_folder
-
     import mlx.core as mx
+    from parscale_core.checkpoint.packaged import smollm2_folder
 
     try:
         folder = smollm2_folder(progress=False)

@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 import pytest
 from cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
+from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import OnnxModel, export_onnx
-from parscale_export.checkpoint import Checkpoint
 from parscale_export.quantize import dequantize, quantize
 from safetensors.numpy import load_file
 

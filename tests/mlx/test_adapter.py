@@ -5,7 +5,7 @@ import json
 import shutil
 
 from parscale_mlx import generate, load, load_adapter, load_model, with_streams
-from parscale_mlx.adapter import Adapter, fingerprint, save_adapter
+from parscale_mlx.adapter import Adapter, save_adapter
 from parscale_mlx.convert import convert
 from parscale_mlx.fuse import fuse
 from parscale_mlx.load import find_adapter
@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from golden_cases import GOLDEN, TOLERANCE, difference, load_golden
+from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
 
 
@@ -41,8 +42,8 @@ def split(name, folder, streams_name="adapter"):
         renamed[key.replace("aggregate_layer.2", "aggregator.fc2")] = mx.array(value)
     adapter = Adapter(
         streams=config["parscale_n"],
-        prefix_tokens=config["parscale_n_tokens"],
-        smooth=config["parscale_attn_smooth"],
+        prefix_length=config["parscale_n_tokens"],
+        smoothing=config["parscale_attn_smooth"],
         weights=renamed,
         backbone="backbone",
         backbone_sha256=fingerprint(backbone),
@@ -79,7 +80,7 @@ def test_backbone_and_adapter_are_the_golden_model(name, tmp_path):
 def test_the_backbone_still_has_one_stream(p4_split):
     backbone, _ = load_model(p4_split[0])
     with_streams(backbone, load_adapter(p4_split[1]))
-    assert backbone.args.parscale_n == 1
+    assert backbone.args.streams == 1
     assert not any("prefix" in n or "aggregator" in n for n, _ in nn.utils.tree_flatten(backbone))
     assert backbone.aggregation_weights(mx.array([[5]])).shape == (1, 1, 1)
 
@@ -126,6 +127,10 @@ def test_fingerprint_is_what_it_is_said_to_be(tmp_path):
         str(tmp_path / "model-2.safetensors"),
         {k: tensors[k] for k in "dce"} | {"model.layers.0.self_attn.prefix_k": mx.zeros((2,))},
     )
+    places = dict.fromkeys("ba", "model-1.safetensors") | dict.fromkeys(
+        "dce", "model-2.safetensors"
+    )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     digest = hashlib.sha256()
     for name in "abcde":
         data = bytes(memoryview(tensors[name]))

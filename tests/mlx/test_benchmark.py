@@ -31,10 +31,10 @@ def test_all_sides_have_the_same_weights(case, bits):
     assert list(models) == ["mlx-lm", "P=1", "P=2", "P=4"]
     assert mx.allclose(models["mlx-lm"](IDS), models["P=1"](IDS), atol=1e-5)
     # The streams it came with are used, and others are not the plain model.
-    mine = models[f"P={model.args.parscale_n}"](IDS)
+    mine = models[f"P={model.args.streams}"](IDS)
     assert mx.allclose(mine, model(IDS), atol=1e-5)
     for p in (2, 4):
-        assert models[f"P={p}"].args.parscale_n == p
+        assert models[f"P={p}"].args.streams == p
         assert not mx.allclose(models[f"P={p}"](IDS), models["P=1"](IDS), atol=1e-3)
 
 
@@ -97,7 +97,7 @@ def test_peak_memory_counts_the_cache():
 def test_random_weights_have_the_shape():
     config = json.loads((GOLDEN / "p4" / "config.json").read_text())
     model = benchmark.random_backbone(config)
-    assert model.args.parscale_n == 1
+    assert model.args.streams == 1
     assert model(IDS).shape == (2, 5, config["vocab_size"])
 
 

@@ -1,6 +1,6 @@
 """mlx-lm's caches, speculative decoding and quantisation over a model with a prefix."""
 
-from parscale_mlx import Model, ModelArgs, batch_generate, stream_generate
+from parscale_mlx import Model, batch_generate, stream_generate
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +19,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 from mlx_lm.utils import dequantize_model, quantize_model
+from parscale_core.checkpoint.config import ModelConfig
 
 
 def random_model(streams=4, head_dim=64, **changes) -> Model:
@@ -36,7 +37,7 @@ def random_model(streams=4, head_dim=64, **changes) -> Model:
         parscale_n=streams,
         parscale_n_tokens=16,
     )
-    model = Model(ModelArgs(**fields | changes))
+    model = Model(ModelConfig.from_dict(fields | changes))
     model.update(
         nn.utils.tree_map(
             lambda a: mx.random.normal(a.shape) * (0.5 if a.ndim == 4 else 0.08), model.parameters()

@@ -251,9 +251,9 @@ def test_wrong_tensors(folder, tmp_path, change, word):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(parscale_n=8), "parscale_n 8, but"),
-        (dict(parscale_n=1), "parscale_n 1, but"),
-        (dict(parscale_n_tokens=5), "parscale_n_tokens 5, but"),
+        (dict(parscale_n=8), "parscale_n 8"),
+        (dict(parscale_n=1), "parscale_n 1"),
+        (dict(parscale_n_tokens=5), "parscale_n_tokens 5"),
         (dict(model_type="gpt_neox"), "model_type 'gpt_neox' is not one of"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     ],
@@ -368,7 +368,7 @@ class StubApi:
 @pytest.fixture
 def stub_hub(monkeypatch):
     StubApi.calls, StubApi.logged_in = [], True
-    monkeypatch.setattr("parscale_mlx.hub.HfApi", StubApi)
+    monkeypatch.setattr("parscale_core.checkpoint.hub.HfApi", StubApi)
     return StubApi
 
 
@@ -398,7 +398,7 @@ def test_a_model_from_the_hub(tmp_path, monkeypatch):
         asked.append((name, revision))
         return str(GOLDEN / "p1")
 
-    monkeypatch.setattr(sys.modules["parscale_mlx.load"], "snapshot_download", snapshot_download)
+    monkeypatch.setattr("parscale_core.checkpoint.hub.snapshot_download", snapshot_download)
     convert("someone/model", tmp_path / "out", revision="v2")
     assert asked == [("someone/model", "v2")]
     assert "base_model: someone/model" in (tmp_path / "out" / "README.md").read_text()

@@ -4,12 +4,12 @@ import subprocess
 import sys
 
 from parscale_mlx import load_model
-from parscale_mlx.default_model import smollm2_folder
-from parscale_mlx.load import find_folder
 
 import mlx.core as mx
 import pytest
 from gguf_files import random_weights, write_gguf
+from parscale_core.checkpoint.folder import find_folder
+from parscale_core.checkpoint.packaged import smollm2_folder
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_it_is_converted_once(package, tmp_path, capsys):
 def test_processes_at_the_same_time(package, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(package.parent)!r})\n"
-        "from parscale_mlx.default_model import smollm2_folder\n"
+        "from parscale_core.checkpoint.packaged import smollm2_folder\n"
         "print(smollm2_folder())"
     )
     started = [

@@ -48,7 +48,7 @@ def requests(case, **fields) -> list[Request]:
 
 
 def test_greedy_answers_of_a_batch_are_the_golden_ones(golden):
-    engine = MlxEngine({golden.model.args.parscale_n: golden.model}, BYTES)
+    engine = MlxEngine({golden.model.args.streams: golden.model}, BYTES)
     handles = [engine.submit(request) for request in requests(golden)]
     assert [tokens(h) for h in handles] == [row.greedy_tokens for row in golden.rows]
     engine.close()

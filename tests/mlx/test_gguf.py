@@ -334,7 +334,7 @@ def smollm2_file() -> Path:
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """The default model, in a cache folder of its own."""
-    from parscale_mlx.default_model import smollm2_folder
+    from parscale_core.checkpoint.packaged import smollm2_folder
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PARSCALE_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -3,13 +3,14 @@
 import json
 import shutil
 
-from parscale_mlx import Model, ModelArgs, load, load_model
+from parscale_mlx import Model, load, load_model
 from parscale_mlx.convert import convert
 from parscale_mlx.graft import cut_pieces, default_text, graft, grafted_config, make_prefixes
 
 import mlx.core as mx
 import pytest
 from golden_cases import GOLDEN, difference
+from parscale_core.checkpoint.config import ModelConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 LLAMA3 = {
@@ -45,7 +46,7 @@ def plain_config(model_type="llama", rope_scaling=None) -> dict:
 
 def plain_model(config: dict) -> Model:
     mx.random.seed(7)
-    model = Model(ModelArgs.from_dict(config))
+    model = Model(ModelConfig.from_dict(config))
     # Large enough that attention tells one past from another.
     model.update({"model": {"embed_tokens": {"weight": mx.random.normal((320, 64))}}})
     for layer in model.layers:
@@ -160,7 +161,7 @@ def test_what_cannot_be_grafted(plain_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_real_model_stays_what_it_was(tmp_path):
-    from parscale_mlx.default_model import smollm2_folder
+    from parscale_core.checkpoint.packaged import smollm2_folder
 
     folder = smollm2_folder()
     result = convert(folder, tmp_path / "out", streams=4)

@@ -3,7 +3,7 @@
 import json
 from importlib.metadata import version
 
-from parscale_mlx import Model, ModelArgs
+from parscale_mlx import Model
 from parscale_mlx.model import Attention
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from golden_cases import TOLERANCE, difference, load_golden
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
 from packaging.version import Version
+from parscale_core.checkpoint.config import ModelConfig
 
 FIELDS = dict(
     hidden_size=64,
@@ -75,7 +76,7 @@ def randomised(model):
 def test_one_stream_is_the_plain_decoder(theirs, changes):
     fields = FIELDS | dict(rope_theta=10000.0, max_position_embeddings=512) | changes
     reference = randomised(theirs.Model(theirs.ModelArgs.from_dict(fields)))
-    model = Model(ModelArgs.from_dict(fields))
+    model = Model(ModelConfig.from_dict(fields))
     model.load_weights(list(nn.utils.tree_flatten(reference.parameters())), strict=True)
     ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]])
     assert difference(model(ids), reference(ids)) < 1e-6
@@ -114,7 +115,7 @@ def published_attention(attention: Attention, x: mx.array) -> mx.array:
 @pytest.mark.parametrize("scaling", ROPE_SCALINGS)
 @pytest.mark.parametrize("family", ["qwen2_parscale", "llama_parscale"])
 def test_the_prefix_is_a_past_for_every_rope_scaling(scaling, family):
-    args = ModelArgs.from_dict(
+    args = ModelConfig.from_dict(
         FIELDS
         | dict(
             model_type=family,
@@ -136,7 +137,7 @@ def test_the_prefix_is_a_past_for_every_rope_scaling(scaling, family):
 
 
 def test_sixty_four_streams():
-    args = ModelArgs.from_dict(FIELDS | dict(model_type="llama_parscale", parscale_n=64))
+    args = ModelConfig.from_dict(FIELDS | dict(model_type="llama_parscale", parscale_n=64))
     model = randomised(Model(args))
     ids = mx.array([[3, 1, 4, 1, 5]])
     assert difference(model(ids, cache=model.make_cache()), model(ids)) < 1e-4
@@ -182,7 +183,7 @@ def test_gradients_reach_the_prefixes(p4):
 
 def test_rope_parameters_of_newer_configurations():
     parameters = {"rope_theta": 5e5, **ROPE_SCALINGS["llama3"]}
-    new = ModelArgs.from_dict(FIELDS | dict(model_type="llama", rope_parameters=parameters))
+    new = ModelConfig.from_dict(FIELDS | dict(model_type="llama", rope_parameters=parameters))
     assert new.rope_theta == 5e5
     assert new.rope_scaling["rope_type"] == "llama3"
 
@@ -203,11 +204,11 @@ def test_rope_parameters_of_newer_configurations():
 )
 def test_a_configuration_it_cannot_run_is_named(changes, named):
     with pytest.raises(ValueError, match=named):
-        ModelArgs.from_dict(FIELDS | dict(model_type="qwen2_parscale") | changes)
+        ModelConfig.from_dict(FIELDS | dict(model_type="qwen2_parscale") | changes)
 
 
 def test_golden_configurations_are_what_the_cases_say():
     for name, streams in (("p4", 4), ("p2-tied-sharded", 2), ("p8-short-prefix", 8), ("p1", 1)):
         golden = load_golden(name)
         config = json.loads((golden.folder / "config.json").read_text())
-        assert golden.model.args.parscale_n == config["parscale_n"] == streams
+        assert golden.model.args.streams == config["parscale_n"] == streams

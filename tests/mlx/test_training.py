@@ -5,8 +5,7 @@ import json
 import resource
 import shutil
 
-from parscale_mlx import Model, ModelArgs, load_adapter, load_model
-from parscale_mlx.adapter import is_stream_parameter
+from parscale_mlx import Model, load_adapter, load_model
 from parscale_mlx.fuse import fuse
 from parscale_mlx.training import TrainSettings, resume, train
 from parscale_mlx.training.batches import batch_indices, pack
@@ -19,6 +18,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.names import is_stream_tensor
 from training_files import CONFIG, TEXT, write_config, write_model
 
 TIMES = ("tokens_per_second", "iterations_per_second", "val_time", "peak_memory")
@@ -67,7 +68,7 @@ def losses(run) -> list[float]:
 
 def model_with_streams() -> Model:
     fields = {"model_type": "qwen2_parscale", "parscale_n": 3, "parscale_n_tokens": 5}
-    model = Model(ModelArgs.from_dict(CONFIG | fields | {"parscale_attn_smooth": 0.1}))
+    model = Model(ModelConfig.from_dict(CONFIG | fields | {"parscale_attn_smooth": 0.1}))
     mx.random.seed(2)
     weights = [(k, mx.random.normal(v.shape) * 0.3) for k, v in tree_flatten(model.parameters())]
     model.update(tree_unflatten(weights))
@@ -88,7 +89,7 @@ def test_gradients_of_the_streams_are_finite_differences():
     model = model_with_streams()
     weights = dict(tree_flatten(model.parameters()))
     gradients = gradients_of(model)
-    chosen = [name for name in weights if is_stream_parameter(name)]
+    chosen = [name for name in weights if is_stream_tensor(name)]
     assert len(chosen) == 2 * 2 + 4
     for name in chosen:
         # Along a random direction; single weights of float32 would drown in rounding.
@@ -103,7 +104,7 @@ def test_gradients_of_the_streams_are_finite_differences():
         assert (values[0] - values[1]) / 0.02 == pytest.approx(slope, rel=2e-2, abs=2e-3), name
 
 
-def torch_loss(weights: dict, args: ModelArgs):
+def torch_loss(weights: dict, args: ModelConfig):
     """The summed loss as the paper has it, stream by stream, in PyTorch."""
     torch = pytest.importorskip("torch")
     F = torch.nn.functional
@@ -124,7 +125,7 @@ def torch_loss(weights: dict, args: ModelArgs):
         return F.linear(x, weights[name + ".weight"], weights.get(name + ".bias"))
 
     finals = []
-    for p in range(args.parscale_n):
+    for p in range(args.streams):
         h = F.embedding(ids[:, :-1], weights["model.embed_tokens.weight"])
         for n in range(args.num_hidden_layers):
             layer = f"model.layers.{n}."
@@ -149,8 +150,8 @@ def torch_loss(weights: dict, args: ModelArgs):
         finals.append(norm(h, "model.norm"))
     x = linear(torch.cat(finals, -1), "model.aggregator.fc1")
     w = linear(F.silu(x), "model.aggregator.fc2").softmax(-1)
-    w = w * (1 - args.parscale_attn_smooth) + args.parscale_attn_smooth / args.parscale_n
-    h = sum(w[..., p : p + 1] * finals[p] for p in range(args.parscale_n))
+    w = w * (1 - args.smoothing) + args.smoothing / args.streams
+    h = sum(w[..., p : p + 1] * finals[p] for p in range(args.streams))
     logits = h @ weights["model.embed_tokens.weight"].T
     per_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (per_token * counts).sum()
@@ -208,13 +209,13 @@ def test_a_backbone_in_training_is_not_touched_in_memory(settings):
     for n in range(3):
         step(micro_batches(run, data.train, n))
     for name, value in tree_flatten(model.parameters()):
-        assert np.array_equal(before[name], value) != is_stream_parameter(name), name
+        assert np.array_equal(before[name], value) != is_stream_tensor(name), name
 
 
 def test_the_whole_model_with_streams(settings, base, tmp_path):
     result = train(settings(train_all=True, lr=1e-30, streams_lr=1e-2, steps=6))
     model, config = load_model(result.output)
-    assert config["model_type"] == "llama_parscale" and model.args.parscale_n == 2
+    assert config["model_type"] == "llama_parscale" and model.args.streams == 2
     original = mx.load(str(base / "model.safetensors"))
     for name, value in tree_flatten(model.parameters()):
         if name in original:
@@ -347,10 +348,12 @@ def test_learning_rate_rises_and_falls(settings, tmp_path):
 
 
 def read(paths, folder, **options):
-    from parscale_mlx.load import load_tokenizer, read_config
+    from parscale_mlx.load import load_tokenizer
     from parscale_mlx.training.documents import read_documents
 
-    tokenizer = load_tokenizer(folder, read_config(folder))
+    from parscale_core.checkpoint.config import read_config
+
+    tokenizer = load_tokenizer(folder, read_config(folder).raw)
     return read_documents([str(p) for p in paths], tokenizer, **options), tokenizer
 
 

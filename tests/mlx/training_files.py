@@ -7,6 +7,7 @@ import parscale_mlx
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from parscale_core.checkpoint.config import ModelConfig
 from tokenizers import Tokenizer, models
 
 CONFIG = {
@@ -48,7 +49,7 @@ def write_model(folder: Path, **changes) -> Path:
     """A plain model of random weights."""
     write_config(folder, **changes)
     mx.random.seed(5)
-    args = parscale_mlx.ModelArgs.from_dict(CONFIG | changes)
+    args = ModelConfig.from_dict(CONFIG | changes)
     weights = dict(tree_flatten(parscale_mlx.Model(args).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder

@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from parscale_mlx import Model, ModelArgs
+from parscale_mlx import Model
 from parscale_mlx.load import load, load_model
 from parscale_mlx.parallel import Parallel, plan, share_out
 from parscale_mlx.ranks import all_gather, check_same, join
@@ -19,6 +19,7 @@ from golden_cases import GOLDEN, difference, read_rows
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import quantize_model
+from parscale_core.checkpoint.config import ModelConfig
 
 RANDOM = dict(
     model_type="llama",
@@ -63,7 +64,7 @@ def share_random_model(mode: str, bits: int, changes: dict) -> tuple[float, str]
     """How far a shared model's logits are from the whole one's; or what its sharing raises."""
     with watched(join()):
         mx.random.seed(3)
-        model = Model(ModelArgs(**RANDOM | changes))
+        model = Model(ModelConfig.from_dict(RANDOM | changes))
         model.update(tree_map(lambda a: mx.random.normal(a.shape) * 0.1, model.parameters()))
         if bits:
             quantize_model(model, {}, 32, bits)

@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import parscale_mlx
-from parscale_mlx.adapter import fingerprint, save_adapter, take_streams
-from parscale_mlx.checkpoint import read_header
+from parscale_mlx.adapter import save_adapter, take_streams
 from parscale_mlx.convert import convert
 
 import mlx.core as mx
 import pytest
 import rank_jobs
 from mlx.utils import tree_flatten, tree_map
+from parscale_core.checkpoint.adapter import fingerprint
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.folder import read_header
 from rank_processes import run_ranks
 from tiny_models import write_tokenizer
 
@@ -41,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     write_tokenizer(folder)
     mx.random.seed(1)
-    model = parscale_mlx.Model(parscale_mlx.ModelArgs.from_dict(CONFIG))
+    model = parscale_mlx.Model(ModelConfig.from_dict(CONFIG))
     parameters = tree_map(
         lambda a: (mx.random.normal(a.shape) * 0.1).astype(mx.bfloat16), model.parameters()
     )
@@ -71,7 +73,7 @@ def tokens_of_one_process(folder) -> list[int]:
 def size(file: Path, parts: tuple[str, ...]) -> int:
     """Bytes of the tensors with one of these parts in their names."""
     entries = read_header(file).items()
-    return sum(size for name, (_, _, _, size) in entries if any(part in name for part in parts))
+    return sum(entry.size for name, entry in entries if any(part in name for part in parts))
 
 
 def check_ranks(outcomes, expected: float, tokens: list[int]):

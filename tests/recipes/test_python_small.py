@@ -41,5 +41,5 @@ def test_from_nothing_to_a_package(tmp_path):
     model, tokenizer = parscale_mlx.load(packaged, adapter_path=packaged / "adapters" / "p2")
     text = "def f(x):\n        return x + 1  # é\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert model.args.parscale_n == 2
+    assert model.args.streams == 2
     assert parscale_mlx.generate(model, tokenizer, text, max_tokens=3)

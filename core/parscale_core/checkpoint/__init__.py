@@ -1,1 +1,1 @@
-"""A model folder on disk, read without any engine."""
+"""A model folder on disk: its configuration, files, tensors, adapters and tokenizer, read once."""

@@ -1,8 +1,14 @@
-"""What a model folder's files say of its tokens, read without loading a tokenizer."""
+"""A model folder's tokenizer files, and what they say of its tokens; no tokenizer is loaded."""
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+from parscale_core.checkpoint.config import read_json
+
+TOKENIZER_FILES = (
+    "tokenizer*", "*token*.json", "*.jinja", "chat_template*", "*.txt", "*.tiktoken", "vocab.*",
+)  # fmt: skip
 
 
 def end_tokens(folder: Path) -> list[int]:
@@ -28,15 +34,20 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is not a JSON object.
     """
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: not a JSON object")
-    return value
+    return read_json(file) if file.is_file() else {}
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder's tokenizer, sorted by name."""
+    found = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)}
+    return sorted(file for file in found if file.is_file())
+
+
+def copy_files(origin: Path, folder: Path) -> None:
+    """Copy what makes a folder's weights a usable model: tokenizer and generation settings."""
+    for file in [*tokenizer_files(origin), origin / "generation_config.json"]:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _ids(file: Path, value: Any) -> list[int]:

@@ -1,17 +1,44 @@
-"""Upload a converted model to the Hugging Face hub."""
+"""The Hugging Face hub: download a model, upload a converted one."""
 
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id
 
+from parscale_core.checkpoint.tokenizer import TOKENIZER_FILES
+
 FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+def download(name: str, revision: str | None = None) -> Path:
+    """Download what this package reads of a hub repository; its folder in the hub's cache.
+
+    Raises:
+        FileNotFoundError: there is no such repository, or it cannot be reached.
+    """
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "model*.safetensors", *TOKENIZER_FILES],
+        )
+        if not any(Path(folder).glob("model*.safetensors")):
+            folder = snapshot_download(
+                name, revision=revision, allow_patterns=["pytorch_model*.bin"]
+            )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise FileNotFoundError(
+            f"{name}: neither a folder here nor a model on the hub ({reason})"
+        ) from error
+    return Path(folder)
 
 
 def check_login(repo: str) -> None:

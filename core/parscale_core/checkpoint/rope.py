@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from parscale_export.config import Config
+from parscale_core.checkpoint.config import ModelConfig
 
 
-def inverse_frequencies(config: Config) -> tuple[np.ndarray, float]:
+def inverse_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per position for each pair of dimensions, float64 [head_dim / 2], and the scale.
 
     The scale multiplies queries and keys of the tokens (YaRN, LongRoPE; 1 otherwise).
@@ -25,7 +25,7 @@ def inverse_frequencies(config: Config) -> tuple[np.ndarray, float]:
     scaling = config.rope_scaling
     kind = scaling.get("type") or scaling.get("rope_type", "default")
     periods = config.rope_theta ** (np.arange(0, config.head_dim, 2) / config.head_dim)
-    kinds: dict[str, Callable[[np.ndarray, dict, Config], tuple[np.ndarray, float]]] = {
+    kinds: dict[str, Callable[[np.ndarray, dict, ModelConfig], tuple[np.ndarray, float]]] = {
         "default": lambda periods, scaling, config: (periods, 1.0),
         "linear": lambda periods, scaling, config: (periods * scaling["factor"], 1.0),
         "llama3": _llama3,
@@ -55,7 +55,7 @@ def rotate(x: np.ndarray, angles: np.ndarray, *, interleaved: bool) -> np.ndarra
     return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def _llama3(periods: np.ndarray, scaling: dict[str, Any], config: Config):
+def _llama3(periods: np.ndarray, scaling: dict[str, Any], config: ModelConfig):
     factor = scaling["factor"]
     low, high = scaling.get("low_freq_factor", 1.0), scaling.get("high_freq_factor", 4.0)
     context = scaling.get("original_max_position_embeddings", 8192)
@@ -68,7 +68,7 @@ def _llama3(periods: np.ndarray, scaling: dict[str, Any], config: Config):
     ), 1.0
 
 
-def _yarn(periods: np.ndarray, scaling: dict[str, Any], config: Config):
+def _yarn(periods: np.ndarray, scaling: dict[str, Any], config: ModelConfig):
     factor, dims, base = scaling["factor"], config.head_dim, config.rope_theta
     context = scaling.get("original_max_position_embeddings", 4096)
 
@@ -87,7 +87,7 @@ def _yarn(periods: np.ndarray, scaling: dict[str, Any], config: Config):
     return mixed, scale
 
 
-def _longrope(periods: np.ndarray, scaling: dict[str, Any], config: Config):
+def _longrope(periods: np.ndarray, scaling: dict[str, Any], config: ModelConfig):
     context = scaling["original_max_position_embeddings"]
     growth = config.max_position_embeddings / context
     scale = 1.0 if growth <= 1 else math.sqrt(1 + math.log(growth) / math.log(context))

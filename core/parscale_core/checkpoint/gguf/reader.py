@@ -12,11 +12,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from parscale_mlx.gguf_tokenizer import save_tokenizer
-
-import mlx.core as mx
+import ml_dtypes
 import numpy as np
 from gguf import GGUFReader, GGUFValueType, ReaderTensor, dequantize
+from safetensors.numpy import save_file
+
+from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.gguf.tokenizer import save_tokenizer
+from parscale_core.checkpoint.rope import inverse_frequencies
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 NAMES = {
@@ -97,7 +100,7 @@ def unpack_gguf(
     file: GGUF,
     folder: Path,
     *,
-    dtype: mx.Dtype | None = None,
+    dtype: np.dtype | None = None,
     on_bytes: Callable[[int], object] = lambda n: None,
 ) -> None:
     """Write a GGUF file's weights, configuration and tokenizer as a Hugging Face-like folder.
@@ -116,33 +119,31 @@ def unpack_gguf(
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     save_tokenizer(file.path, file.metadata, folder)
-    shard: dict[str, mx.array] = {}
-    count = 0
+    shard: dict[str, np.ndarray] = {}
+    places: dict[str, str] = {}
     for name, weight in _read_tensors(file, config, dtype):
+        if sum(w.nbytes for w in shard.values()) >= SHARD_BYTES:
+            _save_shard(folder, shard, places)
+            shard = {}
         shard[name] = weight
         on_bytes(weight.nbytes)
-        if sum(w.nbytes for w in shard.values()) >= SHARD_BYTES:
-            mx.save_safetensors(str(folder / f"model-{count:05d}.safetensors"), shard)
-            shard, count = {}, count + 1
-    if shard:
-        mx.save_safetensors(str(folder / f"model-{count:05d}.safetensors"), shard)
+    _save_shard(folder, shard, places)
+    index = json.dumps({"metadata": {}, "weight_map": places}, indent=2)
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def outline(file: GGUF, dtype: mx.Dtype | None = None) -> dict[str, mx.array]:
-    """Zeros in place of the weights, by their published names; nothing is read.
+def tensor_shapes(file: GGUF) -> dict[str, tuple[int, ...]]:
+    """The tensors by their published names, and their shapes.
 
     Raises:
         ValueError: a Llama or Qwen2 model has no tensor of such a name.
     """
-    dtype = dtype or stored_type(file)
     return {
-        published_name(file.path, t.name): mx.zeros(_shape(t), dtype)
-        for t in file.tensors
-        if t.name != ROPE_FACTORS
+        published_name(file.path, t.name): _shape(t) for t in file.tensors if t.name != ROPE_FACTORS
     }
 
 
-def stored_type(file: GGUF) -> mx.Dtype:
+def stored_type(file: GGUF) -> np.dtype:
     """The type to unpack to: the file's own where it is not quantised, else float16.
 
     Scales of quantised blocks are float16, and so lose least in it: bfloat16 would add an error
@@ -150,8 +151,8 @@ def stored_type(file: GGUF) -> mx.Dtype:
     """
     types = {t.tensor_type.name for t in file.tensors if len(t.shape) > 1}
     if types == {"F32"}:
-        return mx.float32
-    return mx.bfloat16 if types <= {"BF16", "F32"} else mx.float16
+        return np.dtype(np.float32)
+    return np.dtype(ml_dtypes.bfloat16 if types <= {"BF16", "F32"} else np.float16)
 
 
 def read_config(file: GGUF) -> dict:
@@ -232,7 +233,13 @@ def _check_type(path: Path, tensor: ReaderTensor) -> None:
         raise ValueError(f"{path}: {tensor.name} has type {kind}, which cannot be read") from error
 
 
-def _read_tensors(file: GGUF, config: dict, dtype: mx.Dtype) -> Iterator[tuple[str, mx.array]]:
+def _save_shard(folder: Path, shard: dict[str, np.ndarray], places: dict[str, str]) -> None:
+    name = f"model-{len(set(places.values())) + 1:05d}.safetensors"
+    save_file(shard, folder / name, metadata={"format": "pt"})
+    places |= dict.fromkeys(shard, name)
+
+
+def _read_tensors(file: GGUF, config: dict, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
     is_llama = config["model_type"] == "llama"
     for tensor in file.tensors:
         if tensor.name == ROPE_FACTORS:
@@ -246,9 +253,7 @@ def _read_tensors(file: GGUF, config: dict, dtype: mx.Dtype) -> Iterator[tuple[s
             values = _unpermute(values, config["num_attention_heads"])
         elif is_llama and ".attn_k." in tensor.name:
             values = _unpermute(values, config["num_key_value_heads"])
-        weight = mx.array(values).astype(dtype)
-        mx.eval(weight)
-        yield name, weight
+        yield name, np.ascontiguousarray(values.astype(dtype, copy=False))
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
@@ -283,8 +288,6 @@ def _rope_scaling(file: GGUF, factors: ReaderTensor | None, config: dict) -> dic
 def _llama3_scaling(path: Path, factors: np.ndarray, config: dict) -> dict:
     # The file holds what Llama 3's scaling came to, one factor a frequency. Every published model
     # has the same parameters but for the factor; check that they give these very numbers.
-    from mlx_lm.models.rope_utils import Llama3RoPE
-
     scaling = {
         "rope_type": "llama3",
         "factor": float(factors.max()),
@@ -292,9 +295,8 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict) -> dict:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    dim, base = config["head_dim"], config["rope_theta"]
-    scaled = np.array(Llama3RoPE(dim, base=base, scaling_config=scaling)._freqs)
-    plain = base ** (np.arange(0, dim, 2) / dim)
-    if factors.shape != plain.shape or not np.allclose(scaled / plain, factors, rtol=1e-3):
+    plain, _ = inverse_frequencies(ModelConfig.from_dict(config))
+    scaled, _ = inverse_frequencies(ModelConfig.from_dict(config | {"rope_scaling": scaling}))
+    if factors.shape != plain.shape or not np.allclose(plain / scaled, factors, rtol=1e-3):
         raise ValueError(f"{path}: {ROPE_FACTORS} is not the scaling of Llama 3")
     return scaling

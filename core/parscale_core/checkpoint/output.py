@@ -9,23 +9,35 @@ from pathlib import Path
 # What renaming a folder to a place says where another stands there.
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
+MODEL, ADAPTER, EXPORT = "config.json", "adapter_config.json", "*.onnx"
+_KINDS = {MODEL: "a model folder", EXPORT: "an ONNX export"}
 
-def check_output(output: Path, *, force: bool, marker: str = "config.json") -> None:
+
+def check_output(output: Path, *, force: bool, marker: str = MODEL) -> None:
     """Find out before the work whether ``output`` may be written.
 
     Args:
-        marker: the file that tells a folder of the kind to be written from any other.
+        marker: a pattern of the file that tells a folder of the kind to be written from any other;
+            it may also lie one folder down.
 
     Raises:
         FileExistsError: it exists and ``force`` is not given, or it is something else.
     """
-    if not output.exists():
+    if not output.exists() and not output.is_symlink():
         return
     if not force:
         raise FileExistsError(f"{output} exists already (--force replaces it)")
-    if not output.is_dir() or (any(output.iterdir()) and not (output / marker).is_file()):
-        kind = "a model folder" if marker == "config.json" else f"a folder with {marker}"
+    if (
+        output.is_symlink()
+        or not output.is_dir()
+        or not (any(output.glob(marker)) or any(output.glob(f"onnx/{marker}")) or _empty(output))
+    ):
+        kind = _KINDS.get(marker, f"a folder with {marker}")
         raise FileExistsError(f"{output} is not {kind}; --force replaces only those")
+
+
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
 
 
 @contextmanager
@@ -44,7 +56,7 @@ def place(new: Path, output: Path, replaced: Path, *, force: bool) -> None:
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     meanwhile = f"{output} was made by another process meanwhile"
-    if output.exists():
+    if output.exists() or output.is_symlink():
         if not force:
             raise FileExistsError(meanwhile)
         output.rename(replaced)

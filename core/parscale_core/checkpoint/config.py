@@ -1,0 +1,209 @@
+"""A model's ``config.json``: read once, checked once, for every engine."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FAMILIES = ("qwen2", "llama")
+MODEL_TYPES = tuple(name for family in FAMILIES for name in (family, f"{family}_parscale"))
+MAX_STREAMS = 64
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's dimensions, named as in ``config.json`` but for its streams.
+
+    Attributes:
+        streams, prefix_length, smoothing: ``parscale_n``, ``parscale_n_tokens`` and
+            ``parscale_attn_smooth`` there.
+        rope_scaling: the fields of ``rope_scaling`` or ``rope_parameters``; may be empty.
+        raw: the file as it stands.
+    """
+
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_traditional: bool
+    rope_scaling: dict[str, Any]
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    streams: int
+    prefix_length: int
+    smoothing: float
+    raw: dict[str, Any] = field(repr=False, compare=False)
+
+    @property
+    def family(self) -> str:
+        """The model type without its streams: "qwen2" or "llama"."""
+        return family_of(self.model_type)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Read and check the contents of a ``config.json``.
+
+        Raises:
+            ValueError: it describes a model that cannot be built; the message names the field.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
+        if raw.get("use_sliding_window"):
+            raise ValueError("use_sliding_window true is not supported, only full attention")
+        is_qwen2 = family_of(model_type) == "qwen2"
+        qkv_bias = raw.get("attention_bias")
+        qkv_bias = is_qwen2 if qkv_bias is None else bool(qkv_bias)
+        heads, hidden = _positive(raw, "num_attention_heads"), _positive(raw, "hidden_size")
+        # transformers 5 writes rope_theta and rope_scaling as one dictionary.
+        rope = raw.get("rope_parameters") or {}
+        config = cls(
+            model_type=model_type,
+            hidden_size=hidden,
+            intermediate_size=_positive(raw, "intermediate_size"),
+            num_hidden_layers=_positive(raw, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
+            head_dim=_positive(raw, "head_dim", hidden // heads),
+            vocab_size=_positive(raw, "vocab_size"),
+            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            max_position_embeddings=_positive(raw, "max_position_embeddings", 32768),
+            rope_theta=_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0),
+            rope_traditional=bool(raw.get("rope_traditional", False)),
+            rope_scaling=raw.get("rope_scaling") or rope,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=qkv_bias,
+            # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
+            output_bias=qkv_bias and not is_qwen2,
+            mlp_bias=bool(raw.get("mlp_bias", False)),
+            streams=raw.get("parscale_n", 1),
+            prefix_length=raw.get("parscale_n_tokens", 48),
+            smoothing=raw.get("parscale_attn_smooth", 0.01),
+            raw=raw,
+        )
+        check_streams(config.streams, config.prefix_length, config.smoothing, least=1)
+        if heads % config.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        if config.head_dim % 2:
+            raise ValueError(f"head_dim {config.head_dim} is odd: rotary embedding needs pairs")
+        return config
+
+
+def family_of(model_type: str) -> str:
+    """A model type without its streams."""
+    return model_type.removesuffix("_parscale")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ValueError: it is not JSON, or not an object.
+    """
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file}: not a JSON object")
+    return raw
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """A model folder's configuration, checked.
+
+    Raises:
+        FileNotFoundError: the folder has no ``config.json``.
+        ValueError: it is not JSON, or describes a model that cannot be built.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: no config.json in this folder")
+    raw = read_json(file)
+    try:
+        return ModelConfig.from_dict(raw)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def check_streams(streams: Any, prefix_length: Any, smoothing: Any, *, least: int) -> None:
+    """Check what ``config.json`` or an adapter says of its streams.
+
+    Raises:
+        ValueError: a number that no model has.
+    """
+    if not _is_whole(streams) or not least <= streams <= MAX_STREAMS:
+        raise ValueError(f"parscale_n {streams!r} is not a number from {least} to {MAX_STREAMS}")
+    if not _is_whole(prefix_length) or prefix_length < 1:
+        raise ValueError(f"parscale_n_tokens {prefix_length!r} is not at least 1")
+    if not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
+        raise ValueError(f"parscale_attn_smooth {smoothing!r} is not from 0 to 1")
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a model of this configuration has, by its name in memory, and its shape."""
+    d, hidden = config.hidden_size, config.intermediate_size
+    q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+
+    def linear(module: str, rows: int, columns: int, bias: bool) -> None:
+        shapes[f"{module}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{module}.bias"] = (rows,)
+
+    for n in range(config.num_hidden_layers):
+        layer = f"model.layers.{n}"
+        linear(f"{layer}.self_attn.q_proj", q, d, config.qkv_bias)
+        linear(f"{layer}.self_attn.k_proj", kv, d, config.qkv_bias)
+        linear(f"{layer}.self_attn.v_proj", kv, d, config.qkv_bias)
+        linear(f"{layer}.self_attn.o_proj", d, q, config.output_bias)
+        linear(f"{layer}.mlp.gate_proj", hidden, d, config.mlp_bias)
+        linear(f"{layer}.mlp.up_proj", hidden, d, config.mlp_bias)
+        linear(f"{layer}.mlp.down_proj", d, hidden, config.mlp_bias)
+        shapes[f"{layer}.input_layernorm.weight"] = (d,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        if config.streams > 1:
+            prefix = (config.streams, config.num_key_value_heads, config.prefix_length)
+            shapes[f"{layer}.self_attn.prefix_k"] = (*prefix, config.head_dim)
+            shapes[f"{layer}.self_attn.prefix_v"] = (*prefix, config.head_dim)
+    shapes["model.norm.weight"] = (d,)
+    if config.streams > 1:
+        linear("model.aggregator.fc1", d, config.streams * d, True)
+        linear("model.aggregator.fc2", config.streams, d, True)
+    if not config.tie_word_embeddings:
+        linear("lm_head", config.vocab_size, d, False)
+    return shapes
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int:
+    value: Any = raw.get(name)
+    if value is None and default is not None:
+        value = default
+    if not _is_whole(value) or value < 1:
+        raise ValueError(f"{name} is {value!r}, where a positive whole number is needed")
+    return value
+
+
+def _number(raw: dict[str, Any], name: str, default: float) -> float:
+    value = raw.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, where a number is needed")
+    return float(value)

@@ -1,0 +1,233 @@
+"""A model folder's tensors by name, one at a time, in numpy; PyTorch only for its pickles.
+
+Names and columns are those that models hold in memory; see ``names``.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
+import numpy as np
+from safetensors import safe_open
+
+from parscale_core.checkpoint import adapter as adapters
+from parscale_core.checkpoint import mlx_quantized
+from parscale_core.checkpoint.adapter import AdapterFolder
+from parscale_core.checkpoint.config import read_config, tensor_shapes
+from parscale_core.checkpoint.folder import (
+    DTYPES,
+    Entry,
+    find_folder,
+    find_weights,
+    read_header,
+    read_headers,
+)
+from parscale_core.checkpoint.names import (
+    PUBLISHED_COLUMNS,
+    STREAM_TENSOR,
+    held_columns,
+    held_name,
+    is_prefix,
+)
+from parscale_core.checkpoint.pickles import read_pickle, to_numpy, type_name
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies.
+
+    Attributes:
+        name: its name in that file.
+        dtype: the name of its type: float32, bfloat16, uint32...
+        shape: as stored: packed, where it is quantised.
+        pickled: the tensor itself, mapped from disk, where the file is a pickle.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    pickled: Any = None
+
+
+class Checkpoint:
+    """An opened model folder, published or converted.
+
+    Args:
+        folder: where it is, or a name on the hub.
+        adapter: streams to put over it.
+
+    Attributes:
+        folder: where it is.
+        config: its ``config.json``, with the adapter's streams.
+        quantization: MLX's quantisation, as ``config.json`` has it; may be empty.
+        stored: where each tensor lies, by its name in memory.
+
+    Raises:
+        FileNotFoundError: no such folder, no config, no weights, or not all that the index lists.
+        ValueError: a file is truncated, lacks a tensor or holds one of the wrong shape or one too
+            many, or the adapter is not for this model's sizes.
+        ImportError: the weights are PyTorch pickles and PyTorch is not installed.
+    """
+
+    def __init__(self, folder: str | Path, adapter: AdapterFolder | None = None):
+        self.folder, self.adapter = find_folder(folder), adapter
+        self.config = read_config(self.folder)
+        self.quantization = _quantization(self.config.raw, self.folder)
+        self.stored: dict[str, Stored] = {}
+        self._open_files()
+        if adapter is not None:
+            self._add_streams(adapter)
+        self._check()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.stored
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether the weights are PyTorch pickles, which are read by a process that has torch."""
+        return any(stored.pickled is not None for stored in self.stored.values())
+
+    def names(self) -> list[str]:
+        """The tensors of the model, quantised ones by their weight alone."""
+        return [name for name in tensor_shapes(self.config) if name in self]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, dequantised."""
+        shape, module = self.stored[name].shape, name.removesuffix(".weight")
+        if not self.is_quantized(name):
+            return shape
+        if not self.quantization:
+            raise ValueError(
+                f"{self.folder / 'config.json'}: no quantization, but {module} is quantised"
+            )
+        mode, group_size, bits = mlx_quantized.settings(self.quantization, module)
+        columns = shape[-1] * 32 // bits
+        scales = self.stored[f"{module}.scales"].shape
+        biases = self.stored.get(f"{module}.biases")
+        if scales != (*shape[:-1], columns // group_size) or (
+            mode == "affine" and (biases is None or biases.shape != scales)
+        ):
+            raise ValueError(
+                f"{self.stored[name].file}: {module} is not quantised with {bits} bits in groups "
+                f"of {group_size} as config.json says"
+            )
+        return (*shape[:-1], columns)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether MLX quantised the tensor of this name, a module's ``weight``."""
+        return name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in self
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor, dequantised to float32 where MLX quantised it, else as stored."""
+        if not self.is_quantized(name):
+            return self.read(name)
+        module = name.removesuffix(".weight")
+        mode, group_size, bits = mlx_quantized.settings(self.quantization, module)
+        return mlx_quantized.dequantize(
+            self.read(name),
+            self.read(f"{module}.scales"),
+            self.read(f"{module}.biases") if mode == "affine" else None,
+            mode=mode,
+            group_size=group_size,
+            bits=bits,
+        )
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as stored, but for the order of the aggregator's columns."""
+        stored = self.stored[name]
+        if stored.pickled is not None:
+            value = to_numpy(stored.pickled)
+        else:
+            with safe_open(stored.file, framework="numpy") as opened:
+                value = opened.get_tensor(stored.name)
+        if stored.name == PUBLISHED_COLUMNS:
+            return held_columns(value, self.config.streams)
+        return value
+
+    def _open_files(self) -> None:
+        weights = find_weights(self.folder)
+        if not weights.are_pickles:
+            self._add_safetensors(read_headers(weights))
+            return
+        for file in weights.files:
+            for name, tensor in read_pickle(file).items():
+                self._add(Stored(file, name, tuple(tensor.shape), type_name(tensor), tensor))
+
+    def _add_safetensors(self, entries: dict[str, Entry]) -> None:
+        for name, entry in entries.items():
+            dtype = DTYPES.get(entry.dtype, entry.dtype)
+            self._add(Stored(entry.file, name, entry.shape, dtype))
+
+    def _add_streams(self, adapter: AdapterFolder) -> None:
+        if self.config.streams > 1:
+            raise ValueError(
+                f"{self.folder}: has {self.config.streams} streams of its own, so it takes none "
+                f"from {adapter.folder}"
+            )
+        self.config = replace(
+            self.config,
+            streams=adapter.streams,
+            prefix_length=adapter.prefix_length,
+            smoothing=adapter.smoothing,
+        )
+        self._add_safetensors(read_header(adapter.weights))
+        for name, stored in self.stored.items():
+            if stored.file == adapter.weights and not STREAM_TENSOR.fullmatch(name):
+                raise ValueError(f"{stored.file}: {name} is no part of a stream adapter")
+
+    def _add(self, stored: Stored) -> None:
+        self.stored[held_name(stored.name)] = stored
+
+    def _check(self) -> None:
+        config = self.config
+        asking = "config.json" if self.adapter is None else adapters.CONFIG
+        if config.streams == 1:
+            for name, stored in self.stored.items():
+                if is_prefix(name):
+                    raise ValueError(
+                        f"{stored.file}: holds {name}, but config.json says parscale_n 1"
+                    )
+        expected = tensor_shapes(config)
+        for name, shape in expected.items():
+            if name not in self:
+                streams = self.adapter and STREAM_TENSOR.fullmatch(name)
+                place = self.adapter.weights if self.adapter and streams else self.folder
+                raise ValueError(f"{place}: the weights lack {name}")
+            found = self.shape(name)
+            if found != shape:
+                raise ValueError(_misshapen(self.stored[name].file, name, found, shape, asking))
+        self._refuse_unknown(expected)
+
+    def _refuse_unknown(self, expected: dict[str, tuple[int, ...]]) -> None:
+        for name in list(self.stored):
+            module = name.removesuffix(".scales").removesuffix(".biases")
+            if name in expected or (module != name and self.is_quantized(f"{module}.weight")):
+                continue
+            computed = name.endswith("rotary_emb.inv_freq")
+            if not computed and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
+                raise ValueError(f"{self.stored[name].file}: the model has no place for {name}")
+            del self.stored[name]
+
+
+def _misshapen(
+    file: Path, name: str, found: tuple[int, ...], shape: tuple[int, ...], asking: str
+) -> str:
+    if is_prefix(name) and len(found) == 4:
+        field, axis = ("parscale_n", 0) if found[0] != shape[0] else ("parscale_n_tokens", 2)
+        return f"{file}: {name} has shape {list(found)}, but {asking} says {field} {shape[axis]}"
+    return f"{file}: {name} has shape {list(found)}, where config.json asks for {list(shape)}"
+
+
+def _quantization(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    quantization = raw.get("quantization")
+    if quantization is None and raw.get("quantization_config"):
+        method = raw["quantization_config"].get("quant_method")
+        if method is not None:
+            raise ValueError(
+                f"{folder / 'config.json'}: weights quantised with {method!r} are not supported, "
+                "only MLX's; use the unquantised model"
+            )
+        quantization = raw["quantization_config"]
+    return quantization or {}
