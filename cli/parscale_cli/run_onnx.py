@@ -33,7 +33,7 @@ class OnnxRuntime:
         provider: str | None = None,
         device_id: int = 0,
         threads: int | None = None,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
     ):
         path = Path(model).expanduser()
         self.model = OnnxModel(

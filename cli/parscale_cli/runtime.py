@@ -19,8 +19,9 @@ OPTIONS = (
                  help="onnx: which CUDA device."),
     click.option("--threads", type=click.IntRange(1),
                  help="onnx: threads on the CPU; by default one a core."),
-    click.option("--cuda-graph", is_flag=True,
-                 help="onnx: record the step of one token as a CUDA graph and replay it."),
+    click.option("--cuda-graph/--no-cuda-graph", default=None,
+                 help="onnx: record the step of one token as a CUDA graph and replay it; "
+                      "by default with fused operators on CUDA."),
 )  # fmt: skip
 
 

@@ -65,9 +65,9 @@ class RowCopier:
         numbers = {
             "to_rows": np.array(to_rows, np.int64),
             "from_rows": np.array(from_rows, np.int64),
-            "to_column": np.array([to_column], np.int64),
-            "from_column": np.array([from_column], np.int64),
-            "columns": np.array([columns], np.int64),
+            "to_columns": np.arange(to_column, to_column + columns),
+            "start": np.array([from_column], np.int64),
+            "end": np.array([from_column + columns], np.int64),
         }
         for name, array in numbers.items():
             binding.bind_cpu_input(name, array)
@@ -75,7 +75,11 @@ class RowCopier:
 
 
 def _graph(buffers: int, element_type: int) -> onnx.ModelProto:
-    """target[to_rows, :, to_column:][:columns] = source[from_rows, :, from_column:][:columns]."""
+    """target[to_rows, :, to_columns] = source[from_rows, :, start:end].
+
+    Sizes are those of inputs, or are read in the host's memory: on CUDA nothing waits for a number
+    that the device would have to send.
+    """
     nodes: list[ir.Node] = []
     constants: list[ir.Value] = []
     int64 = ir.TensorType(ir.DataType.INT64)
@@ -94,34 +98,29 @@ def _graph(buffers: int, element_type: int) -> onnx.ModelProto:
         return nodes[-1].outputs[0]
 
     to_rows, from_rows = given("to_rows", ["rows"]), given("from_rows", ["rows"])
-    to_column, from_column, columns = (
-        given(name, [1]) for name in ("to_column", "from_column", "columns")
-    )
+    to_columns = given("to_columns", ["columns"])
+    start, end = given("start", [1]), given("end", [1])
     kind = ir.TensorType(ir.DataType(element_type))
     targets = [given(f"target{n}", ["R", "H", "T", "D"], kind) for n in range(buffers)]
     sources = [given(f"source{n}", ["S", "H", "U", "D"], kind) for n in range(buffers)]
 
-    def count(start: ir.Value, size: ir.Value) -> ir.Value:
-        first = b("Squeeze", start)
-        return b("Range", first, b("Add", first, b("Squeeze", size)), constant(1))
-
     heads = b("Shape", targets[0], start=1, end=2)
-    shape = b("Concat", b("Shape", to_rows), heads, columns, constant([1]), axis=0)
+    shape = b("Concat", b("Shape", to_rows), heads, b("Shape", to_columns), constant([1]), axis=0)
+    every_head = b("Range", constant(0), b("Squeeze", heads), constant(1))
     places = (
         b("Reshape", to_rows, constant([-1, 1, 1, 1])),
-        b("Reshape", count(constant([0]), heads), constant([1, -1, 1, 1])),
-        b("Reshape", count(to_column, columns), constant([1, 1, -1, 1])),
+        b("Reshape", every_head, constant([1, -1, 1, 1])),
+        b("Reshape", to_columns, constant([1, 1, -1, 1])),
     )
     where = b("Concat", *(b("Expand", place, shape) for place in places), axis=3)
-    end = b("Add", from_column, columns)
     copied = []
     for n, (target, source) in enumerate(zip(targets, sources, strict=True)):
-        part = b("Gather", b("Slice", source, from_column, end, constant([2])), from_rows, axis=0)
+        part = b("Gather", b("Slice", source, start, end, constant([2])), from_rows, axis=0)
         result = b("ScatterND", target, where, part)
         result.name, result.type = f"copied{n}", kind
         result.shape = ir.Shape(["R", "H", "T", "D"])
         copied.append(result)
-    inputs = [to_rows, from_rows, to_column, from_column, columns, *targets, *sources]
+    inputs = [to_rows, from_rows, to_columns, start, end, *targets, *sources]
     graph = ir.Graph(
         inputs, copied, nodes=nodes, initializers=constants, opset_imports={"": 18}, name="copies"
     )

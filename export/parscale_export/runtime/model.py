@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from parscale_core.engine import Sampling
 from parscale_core.engine.check import check_sampling
@@ -16,7 +17,7 @@ from parscale_export.runtime.copies import Buffers, RowCopier
 from parscale_export.runtime.decoder import Decoder
 from parscale_export.runtime.kv_cache import FixedSteps
 from parscale_export.runtime.prefill import Growing, chunks
-from parscale_export.runtime.provider import CUDA
+from parscale_export.runtime.provider import CUDA, records_steps
 from parscale_export.runtime.sampling import choose, generator
 from parscale_export.runtime.session import (
     attention_heads,
@@ -51,8 +52,9 @@ class OnnxModel:
         device_id: which CUDA device.
         threads: threads of an operator on the CPU; by default one a core.
         prefill_chunk: tokens of a prompt to compute at a time, where the graph takes chunks.
-        cuda_graph: record the step of one token as a CUDA graph, and replay it (fused operators on
-            CUDA only; the model must then be used by one thread).
+        cuda_graph: record the step of one token as a CUDA graph, and replay it; by default with
+            fused operators on CUDA, which alone can. A model that does is to be used by one thread,
+            and while a step is recorded no other thread of the process may use CUDA.
 
     Attributes:
         streams: P.
@@ -75,7 +77,7 @@ class OnnxModel:
         device_id: int = 0,
         threads: int | None = None,
         prefill_chunk: int = 512,
-        cuda_graph: bool = False,
+        cuda_graph: bool | None = None,
     ):
         self.file = find_graph(Path(path), streams)
         graph = read_graph(self.file)
@@ -99,7 +101,7 @@ class OnnxModel:
             threads=threads,
             cuda_graph=cuda_graph,
         )
-        self.cuda_graph = cuda_graph
+        self.cuda_graph = records_steps(about, self.provider, cuda_graph)
         self.device = ("cuda", device_id) if self.provider == CUDA else ("cpu", 0)
         inputs = {value.name: value.type.tensor_type for value in graph.graph.input}
         self.pasts = [name for name in inputs if name.startswith("past_key_values.")]
@@ -263,12 +265,21 @@ class OnnxModel:
         return RowCopier(len(self.pasts), self.cache_type, self.provider, self.device)
 
     def allocate(self, rows: int, columns: int) -> Buffers:
-        """Memory of a KV cache."""
+        """Memory of a KV cache, all zeros.
+
+        What onnxruntime hands out was used before, and may hold NaN, which a probability of zero
+        does not take away.
+        """
         shape = [rows, self._kv_heads, columns, self._head_dim]
-        return [
+        size = 4 if self.cache_type == onnx.TensorProto.FLOAT else 2
+        zeros = np.zeros(shape, f"u{size}")  # whatever the type, zero is all bits zero
+        buffers = [
             ort.OrtValue.ortvalue_from_shape_and_type(shape, self.cache_type, *self.device)
             for _ in self.pasts
         ]
+        for value in buffers if zeros.size else ():
+            value.update_inplace(zeros)
+        return buffers
 
 
 class _Row:

@@ -108,6 +108,11 @@ def cuda_refusal(about: Mapping[str, str], heads: int) -> str | None:
     return None
 
 
+def records_steps(about: Mapping[str, str], provider: str, asked: bool | None) -> bool:
+    """Whether a graph's steps are recorded as CUDA graphs: on CUDA, where it can be, unless not."""
+    return provider == CUDA and about["ops"] == "fused" and asked is not False
+
+
 def cuda_options(device_id: int, cuda_graph: bool) -> dict[str, str]:
     """The CUDA provider's options."""
     return {

@@ -16,8 +16,10 @@ from parscale_export.runtime.provider import (
     choose_provider,
     cuda_options,
     cuda_refusal,
+    records_steps,
 )
 
+ONLY_ERRORS = 3
 # Before it, Attention with grouped heads, a past and a mask fails in float32 and errs in float16.
 STANDARD_SINCE = Version("1.25")
 
@@ -153,7 +155,7 @@ def start_session(
     heads: int = 0,
     device_id: int = 0,
     threads: int | None = None,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
 ) -> tuple[ort.InferenceSession, str]:
     """A session on the asked-for provider, or by default on CUDA where it can run the graph.
 
@@ -179,7 +181,8 @@ def start_session(
     start = partial(open_session, file, threads=threads, accuracy_level=about["accuracy_level"])
     if name == CUDA:
         try:
-            return start(name, device_id=device_id, cuda_graph=cuda_graph), name
+            recording = records_steps(about, name, cuda_graph)
+            return start(name, device_id=device_id, cuda_graph=recording), name
         except ValueError as error:
             if asked is not None:
                 raise
@@ -219,6 +222,8 @@ def open_session(
         options.intra_op_num_threads = threads
     providers: list = [CPU]
     if name == CUDA:
+        # Some of its warnings, about what is sound here, come from no session and know no options.
+        ort.set_default_logger_severity(ONLY_ERRORS)
         providers = [(CUDA, cuda_options(device_id, cuda_graph)), *providers]
     elif name != providers[0]:
         providers = [name, *providers]
