@@ -5,6 +5,7 @@ import os
 
 import click
 
+from parscale_cli.adapter import adapter
 from parscale_cli.bench import bench
 from parscale_cli.chat import chat
 from parscale_cli.convert import convert
@@ -48,7 +49,7 @@ def cli():
 
 
 for command in (
-    generate, chat, serve, convert, fuse, train, plot, export_onnx, verify,
+    generate, chat, serve, convert, adapter, fuse, train, plot, export_onnx, verify,
     perplexity, evaluate, scaling_law, cost, bench, doctor,
 ):  # fmt: skip
     cli.add_command(command)

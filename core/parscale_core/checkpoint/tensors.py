@@ -146,6 +146,14 @@ class Checkpoint:
             return held_columns(value, self.config.streams)
         return value
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Some rows of a tensor of the backbone, as stored."""
+        stored = self.stored[name]
+        if stored.pickled is not None:
+            return to_numpy(stored.pickled[start:stop])
+        with safe_open(stored.file, framework="numpy") as opened:
+            return opened.get_slice(stored.name)[start:stop]
+
     def _open_files(self) -> None:
         weights = find_weights(self.folder)
         if not weights.are_pickles:
