@@ -204,11 +204,13 @@ def test_a_folder_of_gguf_files(tmp_path):
         convert(tmp_path, tmp_path / "more")
 
 
-def byte_tokenizer(pre="smollm", **flags):
-    """A byte-level vocabulary with few merges, for a GGUF writer."""
+def byte_tokenizer(pre="smollm", size=0, **flags):
+    """A byte-level vocabulary of at least ``size`` tokens with few merges, for a GGUF writer."""
     # U+0120 and U+010A stand for a space and a line break in byte-level vocabularies.
     tokens = ["<|end|>", "<think>", *BYTES, *[m.replace(" ", "") for m in MERGES], "12345"]
     types = [3, 4] + [1] * (len(tokens) - 2)
+    tokens += [f"[PAD{n}]" for n in range(len(tokens), size)]
+    types += [5] * (len(tokens) - len(types))
 
     def add(writer):
         writer.add_tokenizer_model("gpt2")
@@ -226,9 +228,10 @@ def byte_tokenizer(pre="smollm", **flags):
     return add
 
 
-def tokenizer_of(tmp_path, name="m", architecture="llama", metadata=()):
+def tokenizer_of(tmp_path, name="m", architecture="llama", metadata=(), **sizes):
+    weights = random_weights(**sizes)
     file = write_gguf(
-        tmp_path / f"{name}.gguf", *random_weights(), architecture=architecture, metadata=metadata
+        tmp_path / f"{name}.gguf", *weights, architecture=architecture, metadata=metadata
     )
     convert(file, tmp_path / name)
     return AutoTokenizer.from_pretrained(tmp_path / name)
@@ -309,7 +312,7 @@ def test_sentencepiece(tmp_path):
         writer.add_eos_token_id(2)
         writer.add_unk_token_id(0)
 
-    ours = tokenizer_of(tmp_path, metadata=[add])
+    ours = tokenizer_of(tmp_path, metadata=[add], vocabulary=size)
     lines = [*readme.splitlines(), "Größe  12 \n\n\tfoo", " leading", "数字", ""]
     for line in lines:
         assert ours.encode(line) == [1, *theirs.encode(line)], line
@@ -422,4 +425,4 @@ def test_smollm2_reads_text_as_llama_cpp_does(smollm2):
     assert chat.endswith("<|im_start|>user\n1 2<|im_end|>\n<|im_start|>assistant\n")
     ids = tokenizer.encode(chat)
     assert ids.count(numbers["<|im_start|>"]) == 3 and tokenizer.decode(ids) == chat
-    assert tokenizer.eos_token_ids == {numbers["<|im_end|>"]}
+    assert tokenizer.eos_token_ids == {numbers["<|im_end|>"], numbers["<|endoftext|>"]}
