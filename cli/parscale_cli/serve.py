@@ -1,6 +1,8 @@
-"""``parscale serve``: an OpenAI-compatible server and a page to chat on."""
+"""``parscale serve``: OpenAI's API and Anthropic's over HTTP, and a page to chat on."""
 
 import logging
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -9,6 +11,7 @@ from parscale_cli.adapters import adapter_options
 from parscale_cli.parallel import parallel_option
 
 KEY = "PARSCALE_API_KEY"
+LOG = logging.getLogger("parscale.serve")
 
 
 @click.command()
@@ -95,6 +98,11 @@ KEY = "PARSCALE_API_KEY"
     "time, not in a batch.",
 )
 @click.option(
+    "--draft",
+    type=click.Choice(["ngram"]),
+    help="Speculative decoding without a second model: drafts from the text so far.",
+)
+@click.option(
     "--num-draft-tokens",
     type=click.IntRange(1, 64),
     default=3,
@@ -116,6 +124,25 @@ KEY = "PARSCALE_API_KEY"
     help="Bytes at most for those.",
 )
 @click.option(
+    "--kv-bits",
+    type=click.Choice(["2", "3", "4", "6", "8"]),
+    help="Quantise KV caches to so many bits. Answers then come one at a time, not in a batch.",
+)
+@click.option(
+    "--kv-group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Numbers that are quantised together.",
+)
+@click.option(
+    "--quantized-kv-start",
+    type=click.IntRange(0),
+    default=5000,
+    show_default=True,
+    help="Quantise a KV cache once it holds this many tokens.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -125,50 +152,84 @@ KEY = "PARSCALE_API_KEY"
 @parallel_option
 def serve(
     model, adapters, streams, name, host, port, origins, log_level, temp, parallel, draft_model,
-    **limits
+    draft, prompt_cache_size, prompt_cache_bytes, kv_bits, kv_group_size,
+    quantized_kv_start, **limits
 ):  # fmt: skip
-    """Serve a model over HTTP as OpenAI's API, and a page to chat on at /.
+    """Serve a model over HTTP as OpenAI's API and Anthropic's, and a page to chat on at /.
 
     A request's model field picks the number of streams: NAME, or NAME:pP for P of them. With
     --parallel the first process listens, and there is one number of streams: that of --streams, or
     the most.
     """
-    if limits["api_key"] == "":
-        raise click.UsageError(f"the API key (--api-key or {KEY}) is empty")
-    if name is not None and (not name or ":" in name):
-        raise click.UsageError(f"--name {name!r}: a name without a colon, which precedes pP")
-    if parallel is not None and draft_model is not None:
-        raise click.UsageError("--draft-model cannot go with --parallel")
+    _check(limits["api_key"], name, parallel, draft_model, draft)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
-    from parscale_mlx.load import find_adapters, load_draft, open_models
-    from parscale_mlx.ranks import check_same
-    from parscale_mlx.serve.models import ServedModels
-    from parscale_mlx.serve.server import follow, open_server, serve_until_signalled
-    from parscale_mlx.serve.settings import Settings
+    from parscale_mlx.engine import CacheOptions, open_engine
+    from parscale_mlx.ranks import check_same, join
 
-    from parscale_core.checkpoint.folder import find_folder
-    from parscale_core.checkpoint.packaged import EMBEDDED
+    from parscale_core.serve.server import Server, bind, is_loopback
+    from parscale_core.serve.settings import Settings
 
-    folder = find_folder(model or EMBEDDED)
-    settings = Settings(temperature=temp, allowed_origins=origins, **limits)
-    only = () if parallel is None else (streams or max(find_adapters(folder, adapters)),)
-    models, tokenizer = open_models(folder, adapters, only, parallel=parallel)
-    name, draft = name or _name(model, folder), draft_model
-    if draft_model is not None and draft_model not in {f"{name}:p{n}" for n in models}:
-        draft = load_draft(draft_model, tokenizer)
-    served = ServedModels(
-        models, tokenizer, name=name, settings=settings, streams=streams, draft=draft
+    group = None if parallel is None else join()
+    name = name or _name(model)
+    shown = re.fullmatch(rf"{re.escape(name)}:p(\d+)", draft_model or "")
+    settings = Settings(
+        temperature=temp,
+        allowed_origins=origins,
+        draft=int(shown[1]) if shown else draft or ("model" if draft_model else None),
+        **limits,
     )
-    if served.parallel is not None:
-        check_same(served.parallel.group, served.facts())
-        if served.parallel.group.rank() > 0:
-            follow(served)
+    follows = group is not None and group.rank() > 0
+    with nullcontext() if follows else bind(host, port) as bound:
+        if bound is not None and limits["api_key"] is None and not is_loopback(bound):
+            LOG.warning(
+                "--host %s is open to other machines, and no API key is set (%s)", host, KEY
+            )
+        engine = open_engine(
+            model,
+            adapters=adapters,
+            streams="all" if parallel is None else (),
+            default=streams,
+            parallel=parallel,
+            draft_model=None if shown else draft_model,
+            batch_size=limits["max_concurrent"],
+            prompt_cache_size=prompt_cache_size,
+            prompt_cache_bytes=prompt_cache_bytes,
+            cache=CacheOptions(kv_bits and int(kv_bits), int(kv_group_size), quantized_kv_start),
+        )
+        if group is not None:
+            check_same(group, {"name of the model": name})
+        if follows:
+            engine.follow()
             return
-    with open_server(served, host, port) as server:
-        click.echo(f"Serving {', '.join(served.names)} on {server.url}", err=True)
-        serve_until_signalled(server)
+        try:
+            assert bound is not None
+            server = Server(engine, bound, name, settings)
+            click.echo(f"Serving {', '.join(server.serving.names.all)} on {server.url}", err=True)
+            server.run()
+        finally:
+            engine.close()
 
 
-def _name(model: str | None, folder: Path) -> str:
-    return model if model and not Path(model).is_dir() else folder.resolve().name
+def _check(key, name, parallel, draft_model, draft) -> None:
+    if key == "":
+        raise click.UsageError(f"the API key (--api-key or {KEY}) is empty")
+    if key is not None and not key.isascii():
+        raise click.UsageError(
+            f"the API key (--api-key or {KEY}) may only have ASCII characters: HTTP sends no others"
+        )
+    if name is not None and (not name or ":" in name):
+        raise click.UsageError(f"--name {name!r}: a name without a colon, which precedes pP")
+    if parallel is not None and (draft_model or draft):
+        option = "--draft-model" if draft_model else "--draft"
+        raise click.UsageError(f"{option} cannot go with --parallel")
+    if draft_model and draft:
+        raise click.UsageError("--draft-model and --draft: one of them")
+
+
+def _name(model: str | None) -> str:
+    if model is None:
+        from parscale_core.checkpoint.packaged import EMBEDDED
+
+        model = str(EMBEDDED)
+    return Path(model).resolve().name if Path(model).is_dir() else model

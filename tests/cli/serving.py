@@ -2,43 +2,74 @@
 
 import json
 import socket
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from email.message import Message
 from http.client import HTTPConnection
 from threading import Thread
 from typing import Any
 
 from parscale_mlx import generate
-from parscale_mlx.serve.models import ServedModels
-from parscale_mlx.serve.server import Server, open_server
-from parscale_mlx.serve.settings import Settings
+from parscale_mlx.engine import MlxEngine
 
 import mlx.core as mx
+from parscale_core.serve.server import Server, bind
+from parscale_core.serve.settings import Settings
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @contextmanager
-def serving(opened, *, name="tiny", draft=None, **settings):
-    """A server on a free loopback port over what ``open_models`` gave."""
+def serving(opened, *, name="tiny", draft=None, engine=None, **settings):
+    """A server on a free loopback port.
+
+    Args:
+        opened: what ``open_models`` gave.
+        draft: a model, or the name of one of those served.
+        engine: options of ``MlxEngine``.
+    """
     models, tokenizer = opened
     limits = Settings(**settings)
-    served = ServedModels(models, tokenizer, name=name, settings=limits, draft=draft)
-    with open_server(served, "127.0.0.1", 0) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    options = dict(engine or {}, batch_size=limits.max_concurrent)
+    if isinstance(draft, str):
+        limits = replace(limits, draft=draft if draft == "ngram" else int(draft.rpartition("p")[2]))
+    elif draft is not None:
+        limits, options = replace(limits, draft="model"), options | {"draft_model": draft}
+    # The most streams are the default.
+    ordered = dict(sorted(models.items(), reverse=True))
+    engine = MlxEngine(ordered, tokenizer, **options)
+    with running(engine, name, limits) as server:
+        yield server
+
+
+@contextmanager
+def running(engine, name="tiny", settings=None):
+    """A server over an engine, which is closed after it."""
+    with bind("127.0.0.1", 0) as bound:
+        server = Server(engine, bound, name, settings or Settings())
+        thread = Thread(target=run, args=(server,))
         thread.start()
         try:
+            while not server.started:
+                time.sleep(0.005)
             yield server
         finally:
-            server.stop()
+            server.serving.stop()
             thread.join(30)
+            engine.close()
             assert not thread.is_alive()
+
+
+def run(server: Server) -> None:
+    with suppress(RuntimeError):  # that the engine failed is what a test may be about
+        server.run()
 
 
 @dataclass
 class Answer:
     status: int
-    headers: dict[str, str]
+    headers: Message
     body: bytes
 
     def json(self) -> Any:
@@ -61,12 +92,12 @@ class Answer:
 
 def request(server: Server, method: str, path: str, body=None, headers=None) -> Answer:
     """One request; ``body`` is bytes, or becomes JSON."""
-    connection = HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
     try:
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, data, headers or {})
         response = connection.getresponse()
-        return Answer(response.status, dict(response.getheaders()), response.read())
+        return Answer(response.status, response.headers, response.read())
     finally:
         connection.close()
 
@@ -81,7 +112,7 @@ def chat(text: str, **fields) -> dict:
 
 def raw(server: Server, data: bytes) -> socket.socket:
     """A connection on which bytes are sent as they are."""
-    connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=60)
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=60)
     connection.sendall(data)
     return connection
 
@@ -96,7 +127,7 @@ def raw_post(path: str, body: dict) -> bytes:
 
 
 def metric(server: Server, name: str, **labels) -> float:
-    value = server.metrics.registry.get_sample_value(name, labels)
+    value = server.serving.metrics.registry.get_sample_value(name, labels)
     return 0.0 if value is None else value
 
 

@@ -54,7 +54,7 @@ def server(request, model):
     opened = open_models(model, [])
     draft = load_draft(model, opened[1]) if request.cls.drafted else None
     with serving(opened, name="chat_model", draft=draft) as server:
-        request.cls.port = server.server_port
+        request.cls.port = server.port
         yield
 
 

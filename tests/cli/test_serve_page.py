@@ -3,6 +3,7 @@
 import shutil
 import time
 
+from parscale_mlx.engine.batch import Batch
 from parscale_mlx.load import open_models
 
 import pytest
@@ -140,9 +141,8 @@ def test_what_cannot_be_answered_is_said(browser, opened):
 
 def test_a_long_answer_can_be_stopped(browser, opened, monkeypatch):
     with serving(opened) as server:
-        tap = server.models.taps["tiny:p4"]
-        take = tap.take
-        monkeypatch.setattr(tap, "take", lambda: (time.sleep(0.02), take())[1])
+        step = Batch.step
+        monkeypatch.setattr(Batch, "step", lambda self: (time.sleep(0.02), step(self))[1])
         page = Page(browser, server)
         browser.execute_script("document.getElementById('limit').value = 450")
         page.one("#text").send_keys("long")
@@ -151,7 +151,7 @@ def test_a_long_answer_can_be_stopped(browser, opened, monkeypatch):
         assert page.one("#send").text == "Stop"
         page.one("#send").click()
         assert "stopped" in page.answer(1).text
-        page.wait(lambda: not server.busy)
+        page.wait(lambda: not server.serving.busy)
 
 
 def test_a_server_with_a_key(browser, opened):

@@ -79,7 +79,10 @@ def validate(schema: type[Schema], fields: dict[str, Any]) -> Schema:
 
 def _explained(error: ValidationError, fields: dict[str, Any]) -> RequestFailed:
     # Of several ways to read a value, the one that came furthest.
-    worst = max(error.errors(include_url=False), key=lambda e: len(_path(e["loc"], fields)))
+    worst = max(
+        error.errors(include_url=False),
+        key=lambda e: (len(_path(e["loc"], fields)), not e["type"].endswith("_type")),
+    )
     path = _path(worst["loc"], fields)
     name = ".".join(map(str, path))
     message = " ".join(worst["msg"].split())

@@ -1,7 +1,7 @@
 """OpenAI's completions of raw text."""
 
 from collections.abc import AsyncIterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,7 +18,7 @@ class CompletionRequest(Generation):
     prompt: str | list[str] | list[int] | list[list[int]]
     n: int = Field(default=1, ge=1, le=128)
     best_of: Literal[1] = 1
-    logprobs: bool | int | None = None
+    logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     echo: Literal[False] = False
     suffix: Literal[""] = ""

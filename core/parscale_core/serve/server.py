@@ -74,6 +74,8 @@ class Server(uvicorn.Server):
             timeout_keep_alive=max(5, int(settings.read_timeout)),
         )
         super().__init__(config)
+        # Who connects from now on is answered as soon as the loop runs.
+        bound.listen(config.backlog)
 
     @property
     def port(self) -> int:
