@@ -1,6 +1,7 @@
 """``parscale serve`` under a bounded burst of good and bad clients."""
 
 import gc
+import os
 import random
 import socket
 import threading
@@ -128,7 +129,8 @@ def settle(server, threads: int) -> None:
         assert metric(server, name) == 0
     statistics = server.serving.engine.statistics()
     assert statistics["waiting"] == statistics["running"] == 0
-    assert threading.active_count() <= threads + 1
+    # The loop's pool, which reads requests, keeps its threads.
+    assert threading.active_count() <= threads + 1 + min(32, (os.cpu_count() or 1) + 4)
 
 
 def test_connections_that_do_nothing_leave_room_for_others(opened):

@@ -66,7 +66,8 @@ class Server(uvicorn.Server):
             lifespan="off",
             loop="asyncio",
             log_config=None,
-            log_level=logging.ERROR,
+            # What fails is logged in ``access``; an answer that was cut off is none.
+            log_level=logging.CRITICAL,
             access_log=False,
             server_header=False,
             proxy_headers=False,
