@@ -1,12 +1,13 @@
 """Convert a checkpoint to an MLX folder: types, quantisation, streams for a model without them."""
 
-import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from math import isfinite, prod
 from pathlib import Path
+from typing import Any
 
 from parscale_mlx import graft
 from parscale_mlx.drop_in import add_model_file, check_model_file
@@ -14,12 +15,13 @@ from parscale_mlx.finite import check_weights
 from parscale_mlx.load import load_model, load_tokenizer
 from parscale_mlx.model import Model
 from parscale_mlx.model_folder import LAYOUTS, dequantized, dtype_name, write_model
+from parscale_mlx.quantize import Quantization, check_quantization, cut_windows, quantize
 
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import get_total_parameters, quantize_model
+from mlx_lm.utils import get_total_parameters
 from parscale_core.checkpoint import hub
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.folder import find_folder, find_safetensors
@@ -35,12 +37,6 @@ from parscale_core.progress import progress_bar
 from safetensors.numpy import save_file
 
 DTYPES = ("float32", "float16", "bfloat16")
-QUANTIZATION_MODES = {  # mode: its default group size and bits
-    "affine": (64, 4),
-    "mxfp4": (32, 4),
-    "nvfp4": (16, 4),
-    "mxfp8": (32, 8),
-}
 
 
 @dataclass
@@ -76,11 +72,8 @@ def convert(
     to: str = "mlx",
     with_model_file: bool = False,
     dtype: str | None = None,
-    quantize: bool = False,
-    q_bits: int | None = None,
-    q_group_size: int | None = None,
-    q_mode: str = "affine",
-    quantize_all: bool = False,
+    quantization: Quantization | None = None,
+    q_text: str | None = None,
     streams: int | None = None,
     prefix_tokens: int = 48,
     text: str | None = None,
@@ -101,9 +94,8 @@ def convert(
         with_model_file: add the model's code as mlx-lm's own commands want it for more than one
             stream (``--trust-remote-code``).
         dtype: float32, float16 or bfloat16, for what is not quantised; by default the stored type.
-        quantize: quantise all but the prefixes and the aggregator.
-        q_bits, q_group_size, q_mode: as ``mlx.core.quantize``; by default what suits the mode.
-        quantize_all: quantise the aggregator too.
+        quantization: how to quantise all but the prefixes and the aggregator; None for not at all.
+        q_text: what a learnt recipe learns from; by default English that comes with Python.
         streams: graft this many streams onto a plain model.
         prefix_tokens: the length of the grafted prefixes.
         text: what the grafted prefixes are made from; by default English that comes with Python.
@@ -125,12 +117,15 @@ def convert(
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if to not in LAYOUTS:
         raise ValueError(f"to {to!r} is not one of {', '.join(LAYOUTS)}")
-    if to == "hf" and quantize:
+    if to == "hf" and quantization:
         raise ValueError("MLX's quantisation has no place in a Hugging Face checkpoint")
     if to == "hf" and with_model_file:
         raise ValueError("with_model_file is for mlx-lm, and to 'hf' is not")
     cast = getattr(mx, dtype) if dtype else None
-    quantization = check_quantization(q_bits, q_group_size, q_mode) if quantize else None
+    if quantization is not None:
+        quantization = check_quantization(quantization)
+        if dry_run and quantization.recipe == "dynamic":
+            raise ValueError("dry_run: the recipe 'dynamic' only knows sizes once it has computed")
     if upload_repo and not dry_run:
         hub.check_login(upload_repo)
     found = find_source(source, revision)
@@ -140,7 +135,8 @@ def convert(
         if streams is not None:
             model, config = _graft_blank(model, config, streams, prefix_tokens)
         if quantization is not None:
-            model, config = _quantize(found, model, config, quantization, quantize_all)
+            how = replace(quantization, recipe=None) if quantization.learns else quantization
+            config = _quantize(found, model, config, how)
         if to == "hf":
             model, config = dequantized(model, config)
         if with_model_file:
@@ -154,8 +150,10 @@ def convert(
         if streams is not None:
             sizes = dict(streams=streams, prefix_tokens=prefix_tokens)
             config, perplexities = _graft(folder, model, config, text, progress, **sizes)
-        if quantization is not None:
-            model, config = _quantize(found, model, config, quantization, quantize_all)
+        if quantization is not None and quantization.learns:
+            model, config = _learn(found, folder, model, config, quantization, q_text)
+        elif quantization is not None:
+            config = _quantize(found, model, config, quantization)
         if to == "hf":
             model, config = dequantized(model, config)
         if with_model_file:
@@ -172,23 +170,6 @@ def convert(
     if upload_repo:
         result.uploaded_to = hub.upload(output, upload_repo)
     return result
-
-
-def check_quantization(bits: int | None, group_size: int | None, mode: str) -> dict:
-    """The three parameters of a quantisation, with the mode's defaults for those left out.
-
-    Raises:
-        ValueError: MLX has no such mode, or not with these bits and this group size.
-    """
-    if mode not in QUANTIZATION_MODES:
-        raise ValueError(f"mode {mode!r} is not one of {', '.join(QUANTIZATION_MODES)}")
-    usual_group_size, usual_bits = QUANTIZATION_MODES[mode]
-    group_size, bits = group_size or usual_group_size, bits or usual_bits
-    try:
-        mx.quantize(mx.zeros((1, 16 * group_size)), group_size, bits, mode=mode)
-    except ValueError as error:
-        raise ValueError(str(error).removeprefix("[quantize] ")) from error
-    return {"group_size": group_size, "bits": bits, "mode": mode}
 
 
 def find_source(source: str | Path, revision: str | None = None) -> Source:
@@ -314,24 +295,30 @@ def _graft_blank(
 
 
 def _quantize(
-    source: Source, model: Model, config: dict, quantization: dict, everything: bool
-) -> tuple[Model, dict]:
+    source: Source, model: Model, config: dict, how: Quantization, **learning: Any
+) -> dict:
     if "quantization" in config or "quantization_config" in config:
         raise ValueError(f"{source.path}: quantised already")
-    with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
-        _, config = quantize_model(  # in place
-            model,
-            config,
-            quantization["group_size"],
-            quantization["bits"],
-            mode=quantization["mode"],
-            quant_predicate=(lambda path, module: True) if everything else None,
-        )
-    if not any(hasattr(module, "bits") for module in model.modules()):
-        raise ValueError(
-            f"{source.path}: no weight has rows that groups of {quantization['group_size']} divide"
-        )
-    return model, config
+    try:
+        return quantize(model, config, how, **learning)
+    except ValueError as error:
+        raise ValueError(f"{source.path}: {error}") from error
+
+
+def _learn(
+    source: Source, folder: Path, model: Model, config: dict, how: Quantization, text: str | None
+) -> tuple[Model, dict]:
+    """Quantise a copy of ``model`` that is in memory, beside the full one that it learns from."""
+    tokenizer = load_tokenizer(folder, config)
+    windows = cut_windows(tokenizer, graft.default_text() if text is None else text, how.windows)
+    teacher, _ = load_model(folder)
+    if model.args.streams > teacher.args.streams:
+        layers = [layer.self_attn for layer in model.layers]
+        graft.graft(teacher, config, [(layer.prefix_k, layer.prefix_v) for layer in layers])
+    student = deepcopy(teacher)
+    config = _quantize(source, student, config, how, teacher=teacher, windows=windows)
+    student.set_dtype(model.model.norm.weight.dtype)
+    return student, config
 
 
 def _describe(

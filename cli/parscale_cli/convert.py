@@ -6,6 +6,15 @@ from pathlib import Path
 
 import click
 
+Q_OPTIONS = {  # by the option, the field of ``Quantization``
+    "q_bits": "bits",
+    "q_group_size": "group_size",
+    "q_mode": "mode",
+    "q_recipe": "recipe",
+    "q_windows": "windows",
+    "quantize_all": "everything",
+}
+
 
 @click.command()
 @click.argument("source", metavar="SOURCE")
@@ -51,7 +60,26 @@ import click
     type=click.Choice(["affine", "mxfp4", "nvfp4", "mxfp8"]),
     help="Kind of quantisation.  [default: affine]",
 )
-@click.option("--quantize-all", is_flag=True, help="Quantise the aggregator too.")
+@click.option(
+    "--q-recipe",
+    type=click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6", "dynamic", "dwq"]),
+    help="mixed: mlx-lm's recipes of two numbers of bits; dynamic: more bits for the half of the "
+    "weights that needs them; dwq: scales learnt from the full model.",
+)
+@click.option(
+    "--q-text",
+    "q_text_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="What dynamic and dwq learn from; by default English that comes with Python.",
+)
+@click.option(
+    "--q-windows",
+    type=click.IntRange(4),
+    metavar="N",
+    help="Windows of 256 tokens that dynamic and dwq learn from.  [default: 64]",
+)
+@click.option("--quantize-all", is_flag=True, default=None, help="Quantise the aggregator too.")
 @click.option(
     "--streams",
     type=click.IntRange(2, 64),
@@ -76,37 +104,27 @@ import click
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--force", is_flag=True, help="Replace the output if it is a model folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-def convert(
-    source, output, q_bits, q_group_size, q_mode, text_file, prefix_tokens, as_json, **options
-):
+def convert(source, output, quantize, text_file, q_text_file, prefix_tokens, as_json, **options):
     """Convert a checkpoint to an MLX folder, or with --to hf back to a published one.
 
     SOURCE is a folder of safetensors or PyTorch pickles, a GGUF file, or a name on the hub.
     """
-    if not options["quantize"]:
-        _need("--quantize", q_bits=q_bits, q_group_size=q_group_size, q_mode=q_mode)
-        _need("--quantize", quantize_all=options["quantize_all"] or None)
+    asked = {name: options.pop(name) for name in Q_OPTIONS}
+    if not quantize:
+        _need("--quantize", **asked, q_text=q_text_file)
     if options["streams"] is None:
         _need("--streams", prefix_tokens=prefix_tokens, text=text_file)
     if options["to"] == "hf" and options["with_model_file"]:
         raise click.UsageError("--mlx-lm cannot go with --to hf")
-    if options["to"] == "hf" and options["quantize"]:
+    if options["to"] == "hf" and quantize:
         raise click.UsageError("--quantize cannot go with --to hf: it is MLX's own quantisation")
-    from parscale_mlx.convert import check_quantization
     from parscale_mlx.convert import convert as run
 
-    bits, group_size = q_bits and int(q_bits), q_group_size and int(q_group_size)
-    if options["quantize"]:
-        try:
-            check_quantization(bits, group_size, q_mode or "affine")
-        except ValueError as error:
-            raise click.UsageError(f"--q-mode {q_mode or 'affine'}: {error}") from error
     result = run(
         source,
         output,
-        q_bits=bits,
-        q_group_size=group_size,
-        q_mode=q_mode or "affine",
+        quantization=_quantization(asked, q_text_file) if quantize else None,
+        q_text=_read_text(q_text_file),
         prefix_tokens=prefix_tokens or 48,
         text=_read_text(text_file),
         progress=True,
@@ -116,6 +134,26 @@ def convert(
         click.echo(json.dumps(dataclasses.asdict(result) | {"dry_run": options["dry_run"]}))
     else:
         _print(result, options["dry_run"])
+
+
+def _quantization(asked: dict, text_file: Path | None):
+    from parscale_mlx.quantize import LEARNT, Quantization, check_quantization
+
+    learning = {"--q-text": text_file, "--q-windows": asked["q_windows"]}
+    for option, value in learning.items():
+        if value is not None and asked["q_recipe"] not in LEARNT:
+            raise click.UsageError(f"{option} needs --q-recipe {' or '.join(LEARNT)}")
+    given = {name: value for name, value in asked.items() if value is not None}
+    fields = {Q_OPTIONS[name]: value for name, value in given.items()}
+    for number in ("bits", "group_size"):
+        if number in fields:
+            fields[number] = int(fields[number])
+    try:
+        return check_quantization(Quantization(**fields))
+    except ValueError as error:
+        option = "q_recipe" if "q_recipe" in given else "q_mode"
+        name = f"--{option.replace('_', '-')} {given.get(option, 'affine')}"
+        raise click.UsageError(f"{name}: {error}") from error
 
 
 def _need(option: str, **given) -> None:

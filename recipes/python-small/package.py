@@ -5,6 +5,7 @@ from pathlib import Path
 
 from parscale_mlx.adapter import load_adapter, save_adapter
 from parscale_mlx.convert import convert
+from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 from parscale_core.checkpoint.adapter import fingerprint
@@ -39,9 +40,7 @@ def package(work: Path, plan: Plan, output: Path) -> None:
     convert(
         work / "runs" / "backbone" / "model",
         output,
-        quantize=True,
-        q_bits=BITS,
-        q_group_size=GROUP,
+        quantization=Quantization(bits=BITS, group_size=GROUP),
         dtype="float16",
         force=True,
     )

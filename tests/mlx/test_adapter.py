@@ -9,6 +9,7 @@ from parscale_mlx.adapter import Adapter, save_adapter
 from parscale_mlx.convert import convert
 from parscale_mlx.fuse import fuse
 from parscale_mlx.load import find_adapter
+from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,7 +91,7 @@ def test_streams_add_only_their_own_memory(p4_split, quantize, tmp_path):
     folder = p4_split[0]
     if quantize:
         folder = tmp_path / "q"
-        convert(p4_split[0], folder, quantize=True, q_bits=8, q_group_size=32)
+        convert(p4_split[0], folder, quantization=Quantization(bits=8, group_size=32))
     backbone, _ = load_model(folder)
     adapter = load_adapter(p4_split[1])
     own = sum(a.nbytes for a in adapter.weights.values())
@@ -271,7 +272,7 @@ def test_fusing_gives_the_golden_checkpoint_back(p4_split, tmp_path):
 
 
 def test_fusing_over_a_quantised_backbone(p4_split, tmp_path):
-    convert(p4_split[0], tmp_path / "q", quantize=True, q_bits=8, q_group_size=32)
+    convert(p4_split[0], tmp_path / "q", quantization=Quantization(bits=8, group_size=32))
     adapter = load_adapter(p4_split[1])
     adapter.backbone_sha256 = fingerprint(tmp_path / "q")
     save_adapter(tmp_path / "a", adapter)
@@ -327,7 +328,7 @@ def test_published_to_published_keeps_what_names_its_classes(tmp_path):
 
 def test_what_has_no_published_form(tmp_path):
     with pytest.raises(ValueError, match="no place in a Hugging Face checkpoint"):
-        convert(GOLDEN / "p4", tmp_path / "o", to="hf", quantize=True)
+        convert(GOLDEN / "p4", tmp_path / "o", to="hf", quantization=Quantization())
     with pytest.raises(ValueError, match="not one of mlx, hf"):
         convert(GOLDEN / "p4", tmp_path / "o", to="onnx")
     source = shutil.copytree(GOLDEN / "p4", tmp_path / "s")

@@ -6,6 +6,7 @@ import sys
 
 from parscale_mlx import load_model, model_folder
 from parscale_mlx.convert import convert
+from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -145,7 +146,9 @@ def quantised(name: str, group_size: int, bits: int, mode: str = "affine"):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_quantised(bits, tmp_path):
-    result = convert(GOLDEN / "p4", tmp_path / "out", quantize=True, q_bits=bits, q_group_size=32)
+    result = convert(
+        GOLDEN / "p4", tmp_path / "out", quantization=Quantization(bits=bits, group_size=32)
+    )
     model, config = load_model(tmp_path / "out")
     ids = mx.array([[3, 1, 4, 1, 5]])
     assert difference(model(ids), quantised("p4", 32, bits)(ids)) < 1e-4
@@ -164,7 +167,7 @@ def test_quantised(bits, tmp_path):
     ("mode", "group_size", "bits"), [("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)]
 )
 def test_other_modes(mode, group_size, bits, tmp_path):
-    convert(GOLDEN / "p1", tmp_path / "out", quantize=True, q_mode=mode)
+    convert(GOLDEN / "p1", tmp_path / "out", quantization=Quantization(mode=mode))
     model, config = load_model(tmp_path / "out")
     assert config["quantization"] == {"bits": bits, "group_size": group_size, "mode": mode}
     ids = mx.array([[3, 1, 4, 1, 5]])
@@ -172,7 +175,7 @@ def test_other_modes(mode, group_size, bits, tmp_path):
 
 
 def test_the_aggregator_too(tmp_path):
-    convert(GOLDEN / "p4", tmp_path / "out", quantize=True, q_bits=8, quantize_all=True)
+    convert(GOLDEN / "p4", tmp_path / "out", quantization=Quantization(bits=8, everything=True))
     model, _ = load_model(tmp_path / "out")
     assert isinstance(model.model.aggregator.fc1, nn.QuantizedLinear)
     assert model.layers[0].self_attn.prefix_k.dtype == mx.float32
@@ -181,21 +184,23 @@ def test_the_aggregator_too(tmp_path):
 
 def test_quantisations_that_there_are_not(tmp_path):
     for options, words in [
-        (dict(q_bits=7), "bits 7 is not supported"),
-        (dict(q_group_size=48), "group size 48 is not supported"),
-        (dict(q_mode="mxfp4", q_bits=8), "mxfp4 .* bits to be 4"),
-        (dict(q_mode="gptq"), "mode 'gptq' is not one of affine"),
-        (dict(q_group_size=128), "no weight has rows that groups of 128 divide"),
+        (dict(bits=7), "bits 7 is not supported"),
+        (dict(group_size=48), "group size 48 is not supported"),
+        (dict(mode="mxfp4", bits=8), "mxfp4 .* bits to be 4"),
+        (dict(mode="gptq"), "mode 'gptq' is not one of affine"),
+        (dict(group_size=128), "no weight has rows that groups of 128 divide"),
     ]:
         with pytest.raises(ValueError, match=words):
-            convert(GOLDEN / "p1", tmp_path / "out", quantize=True, **options)
-    convert(GOLDEN / "p1", tmp_path / "q", quantize=True)
+            convert(GOLDEN / "p1", tmp_path / "out", quantization=Quantization(**options))
+    convert(GOLDEN / "p1", tmp_path / "q", quantization=Quantization())
     with pytest.raises(ValueError, match="q: quantised already"):
-        convert(tmp_path / "q", tmp_path / "out", quantize=True)
+        convert(tmp_path / "q", tmp_path / "out", quantization=Quantization())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [{}, dict(dtype="float16"), dict(quantize=True)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(dtype="float16"), dict(quantization=Quantization())], ids=str
+)
 def test_dry_run(options, tmp_path):
     planned = convert(GOLDEN / "p4", tmp_path / "out", dry_run=True, **options)
     assert listing(tmp_path) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import parscale_mlx
 from parscale_mlx.convert import convert
+from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx_lm
@@ -104,7 +105,8 @@ def test_our_own_loader_reads_the_folder_and_runs_no_code(folder, tmp_path):
 
 
 def test_a_quantised_folder(folder, tmp_path):
-    convert(folder, tmp_path / "q", quantize=True, q_group_size=32, with_model_file=True)
+    how = Quantization(group_size=32)
+    convert(folder, tmp_path / "q", quantization=how, with_model_file=True)
     ids = mx.array([[5, 6, 7, 8]])
     ours, _ = parscale_mlx.load_model(tmp_path / "q")
     theirs, _ = load_model(tmp_path / "q", trust_remote_code=True)

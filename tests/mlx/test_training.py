@@ -7,6 +7,7 @@ import shutil
 
 from parscale_mlx import Model, load_adapter, load_model
 from parscale_mlx.fuse import fuse
+from parscale_mlx.quantize import Quantization
 from parscale_mlx.training import TrainSettings, resume, train
 from parscale_mlx.training.batches import batch_indices, pack
 from parscale_mlx.training.documents import Document
@@ -519,7 +520,7 @@ def test_a_tokenizer_with_too_many_tokens(settings, tmp_path):
 def test_backbones_that_cannot_be_trained(settings, base, tmp_path):
     from parscale_mlx.convert import convert
 
-    convert(base, tmp_path / "q", quantize=True, q_group_size=32, q_bits=8)
+    convert(base, tmp_path / "q", quantization=Quantization(group_size=32, bits=8))
     shutil.copyfile(base / "tokenizer.json", tmp_path / "q" / "tokenizer.json")
     quantised = dict(model=str(tmp_path / "q"))
     with pytest.raises(ValueError, match="quantised weights cannot be trained"):

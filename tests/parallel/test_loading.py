@@ -8,6 +8,7 @@ from pathlib import Path
 import parscale_mlx
 from parscale_mlx.adapter import save_adapter, take_streams
 from parscale_mlx.convert import convert
+from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import pytest
@@ -111,7 +112,7 @@ def test_of_an_adapter_too(folder, backbone):
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_of_quantised_weights_too(folder, tmp_path, dequantize):
     packed = tmp_path / "packed"
-    convert(folder, packed, quantize=True)
+    convert(folder, packed, quantization=Quantization())
     file = packed / "model.safetensors"
     shared = 0 if dequantize else size(file, ROWS)
     outcomes = run_ranks(2, rank_jobs.load_and_count, packed, None, "tensor", dequantize)
