@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parscale_mlx.model import Model
 
@@ -164,9 +165,10 @@ def _sensitive(teacher: Model, how: Quantization, windows: list[list[int]]) -> C
         scores = estimate_sensitivities(
             teacher, data, how.bits, how.group_size, more["bits"], how.group_size, batch_size=1
         )
+    modules: Any = tree_flatten(teacher.leaf_modules(), is_leaf=nn.Module.is_module)
     sizes = {
         path: module.weight.size
-        for path, module in tree_flatten(teacher.leaf_modules(), is_leaf=nn.Module.is_module)
+        for path, module in modules
         if hasattr(module, "to_quantized") and "aggregator" not in path
     }
     budget, chosen = sum(sizes.values()) / 2, set()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -69,7 +70,7 @@ def show(folder, as_json):
 
     found = read_adapter(folder)
     tensors = read_header(found.weights)
-    about = {
+    about: dict[str, Any] = {
         "streams": found.streams,
         "prefix_length": found.prefix_length,
         "smoothing": found.smoothing,
