@@ -20,7 +20,7 @@ from parscale_core.checkpoint.adapter import (
     read_adapter,
     write_adapter_config,
 )
-from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.config import ModelConfig, tensor_shapes
 from parscale_core.checkpoint.names import STREAM_TENSOR, is_prefix, is_stream_tensor
 from parscale_core.checkpoint.output import check_output, place, working_folder
 
@@ -112,25 +112,19 @@ def with_streams(backbone: Model, adapter: Adapter) -> Model:
     Raises:
         ValueError: the backbone has streams of its own, or other sizes than the adapter's.
     """
-    if backbone.args.streams > 1:
-        raise ValueError(f"the backbone has {backbone.args.streams} streams of its own")
+    if backbone.args.prefix_length:
+        own = f"{backbone.args.streams} stream{'s' * (backbone.args.streams > 1)}"
+        raise ValueError(f"the backbone has {own} of its own")
     args = _args(backbone.args, adapter)
-    aggregator = Aggregator(args)
-    expected = {
-        f"model.aggregator.{name}": value.shape
-        for name, value in dict(tree_flatten(aggregator.parameters())).items()
-    }
-    prefix = (args.streams, args.num_key_value_heads, args.prefix_length, args.head_dim)
-    for n in range(args.num_hidden_layers):
-        for part in "kv":
-            expected[f"model.layers.{n}.self_attn.prefix_{part}"] = prefix
-    _check_shapes(adapter.weights, expected)
+    shapes = tensor_shapes(args)
+    _check_shapes(adapter.weights, {k: v for k, v in shapes.items() if is_stream_tensor(k)})
 
     model = _shallow(backbone)
     model.args, model.model_type = args, args.model_type
     model.model = _shallow(backbone.model)
     model.model.n_streams = args.streams
-    model.model.aggregator = aggregator
+    if args.streams > 1:
+        model.model.aggregator = Aggregator(args)
     model.model.layers = [_shallow(layer) for layer in backbone.layers]
     for layer in model.layers:
         layer.self_attn = _shallow(layer.self_attn)
@@ -186,7 +180,7 @@ def _check_weights(adapter: AdapterFolder, weights: dict[str, mx.array]) -> None
                 f"{file}: {CONFIG} says {adapter.streams} streams of {adapter.prefix_length} "
                 f"tokens, but {name} has shape {list(shape)}"
             )
-    for n in (1, 2):
+    for n in (1, 2) if adapter.streams > 1 else ():
         for part in ("weight", "bias"):
             if f"model.aggregator.fc{n}.{part}" not in weights:
                 raise ValueError(f"{file}: no model.aggregator.fc{n}.{part} in it")

@@ -77,7 +77,7 @@ def random_backbone(config: dict) -> Model:
     Raises:
         ValueError: the config describes no model that this package runs.
     """
-    model = Model(ModelConfig.from_dict(config | {"parscale_n": 1}))
+    model = Model(ModelConfig.from_dict(config | {"parscale_n": 1, "parscale_prefix": False}))
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.float16
     weights = tree_map(
         lambda a: (mx.random.normal(a.shape) * 0.02).astype(dtype), model.parameters()
@@ -88,9 +88,9 @@ def random_backbone(config: dict) -> Model:
 
 def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
     """A model's backbone, which shares its weights, and its streams if it has any."""
-    if model.args.streams == 1:
+    if not model.args.prefix_length:
         return model, None
-    backbone = Model(replace(model.args, streams=1))
+    backbone = Model(replace(model.args, streams=1, prefix_length=0))
     _fill(backbone, model, config)
     return backbone, take_streams(model, backbone="", backbone_sha256="")
 

@@ -72,20 +72,26 @@ def grafted_config(config: dict, *, streams: int, prefix_tokens: int) -> dict:
     Raises:
         ValueError: it has streams already, or the numbers are out of range.
     """
-    if not 2 <= streams <= MAX_STREAMS:
-        raise ValueError(f"{streams} streams: not a number from 2 to {MAX_STREAMS}")
+    if not 1 <= streams <= MAX_STREAMS:
+        raise ValueError(f"{streams} streams: not a number from 1 to {MAX_STREAMS}")
     if prefix_tokens < 1:
         raise ValueError(f"a prefix of {prefix_tokens} tokens: not at least 1")
     if config.get("parscale_n", 1) > 1:
         raise ValueError(f"the model already has {config['parscale_n']} streams")
+    if config.get("parscale_prefix"):
+        raise ValueError("the model already has a prefix")
     family = family_of(config["model_type"])
-    return config | {
-        "model_type": f"{family}_parscale",
-        "architectures": [ARCHITECTURES[family]],
-        "parscale_n": streams,
-        "parscale_n_tokens": prefix_tokens,
-        "parscale_attn_smooth": config.get("parscale_attn_smooth", 0.01),
-    }
+    return (
+        config
+        | {
+            "model_type": f"{family}_parscale",
+            "architectures": [ARCHITECTURES[family]],
+            "parscale_n": streams,
+            "parscale_n_tokens": prefix_tokens,
+            "parscale_attn_smooth": config.get("parscale_attn_smooth", 0.01),
+        }
+        | ({"parscale_prefix": True} if streams == 1 else {})
+    )
 
 
 def make_prefixes(model: Model, pieces: mx.array) -> list[tuple[mx.array, mx.array]]:
@@ -120,7 +126,8 @@ def graft(model: Model, config: dict, prefixes: list[tuple[mx.array, mx.array]])
     for layer, (keys, values) in zip(model.layers, prefixes, strict=True):
         layer.self_attn.prefix_k = keys.astype(dtype)
         layer.self_attn.prefix_v = values.astype(dtype)
-    model.model.aggregator = _even_aggregator(args, config, dtype)
+    if args.streams > 1:
+        model.model.aggregator = _even_aggregator(args, config, dtype)
     model.model.n_streams = args.streams
     model.args, model.model_type = args, args.model_type
 

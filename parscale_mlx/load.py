@@ -254,7 +254,8 @@ def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | No
     found: dict[int, Path | None] = {read_config(folder).streams: None}
     for adapter in adapter_folders(folder, adapters):
         n = read_adapter(adapter).streams
-        if n in found:
+        # A prefix for one stream takes the place of the model without any.
+        if n in found and (found[n] is not None or n > 1):
             raise ValueError(f"{found[n] or folder} and {adapter} both have {n} streams")
         found[n] = adapter
     return found

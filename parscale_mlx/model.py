@@ -39,7 +39,7 @@ class Attention(nn.Module):
             scaling_config=args.rope_scaling or None,
             max_position_embeddings=args.max_position_embeddings,
         )
-        if args.streams > 1:
+        if args.prefix_length:
             shape = (args.streams, self.n_kv_heads, args.prefix_length, head_dim)
             self.prefix_k = mx.zeros(shape)
             self.prefix_v = mx.zeros(shape)
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         if cache is None:
             cache = [None] * len(self.layers)
-        elif "aggregator" in self and cache[0] is not None and cache[0].empty():
+        elif "prefix_k" in self.layers[0].self_attn and cache[0] is not None and cache[0].empty():
             raise ValueError(
                 "an empty KV cache holds no prefix; make it with model.make_cache() "
                 "(mlx-lm: make_prompt_cache(model))"
@@ -218,7 +218,7 @@ class Model(nn.Module):
         """
         if max_kv_size is not None and max_kv_size <= 4:
             raise ValueError(f"max_kv_size {max_kv_size} is too small: it must be at least 5")
-        if self.args.streams == 1:
+        if not self.args.prefix_length:
             return [
                 KVCache() if max_kv_size is None else RotatingKVCache(max_kv_size, keep=4)
                 for _ in self.layers

@@ -32,6 +32,8 @@ def write_model(
             memory as soon as its shard is written; the model is of no use afterwards.
         to: "mlx", or "hf" for the published names and the published order of the columns.
     """
+    if to == "hf" and model.args.streams == 1 and model.args.prefix_length:
+        raise ValueError("the published classes have no prefix for one stream; keep the MLX layout")
     folder.mkdir()
     save_config(_config_to_write(model, config, to), folder / "config.json")
     weights = dict(tree_flatten(model.parameters()))

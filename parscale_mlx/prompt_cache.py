@@ -86,7 +86,7 @@ def _signature(model: Model) -> str:
     # The first tokens' embeddings tell apart two models of one architecture, and the first
     # layer's prefixes two adapters over one backbone.
     probes = [model.model.embed_tokens(mx.arange(8)).sum(axis=-1)]
-    if model.args.streams > 1:
+    if model.args.prefix_length:
         probes.append(model.layers[0].self_attn.prefix_k.sum(axis=(1, 2, 3)))
     probe: Any = mx.concatenate(probes).tolist()
     fields = {k: v for k, v in sorted(vars(model.args).items()) if not isinstance(v, dict)}

@@ -124,8 +124,9 @@ def _counted(config: dict, backbone: Model, model) -> tuple[Shape, Precision]:
     """What is counted for a side: its shape, and its precision as it was loaded."""
     others = 32 if backbone.model.norm.weight.dtype == mx.float32 else 16
     args = getattr(model, "args", None)
-    streams, prefix = getattr(args, "parscale_n", 1), getattr(args, "parscale_n_tokens", 48)
-    shape = replace(shape_of(config), streams=streams, prefix=prefix)
+    prefix = getattr(args, "prefix_length", 0)
+    streams = getattr(args, "streams", 1)
+    shape = replace(shape_of(config), streams=streams, prefix=prefix, prefix_alone=prefix > 0)
     packed = precision_of(config)
     weights = packed.weights if "quantization" in config else others
     return shape, Precision(weights, others, others, packed.group)

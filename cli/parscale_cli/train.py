@@ -60,7 +60,9 @@ READABLE = click.Path(exists=True, file_okay=False, path_type=Path)
     default=True,
     help="Train prefixes and aggregator only, to an adapter (default), or the whole model.",
 )
-@click.option("--streams", type=click.IntRange(2, 64), metavar="P", help="Graft P streams.")
+@click.option("--streams", type=click.IntRange(1, 64), metavar="P",
+    help="Graft P streams; 1 is a prefix alone, to compare streams with.",
+)  # fmt: skip
 @click.option(
     "--prefix-tokens", type=click.IntRange(1), default=48, show_default=True,
     help="Length of the grafted prefixes.",

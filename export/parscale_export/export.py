@@ -115,7 +115,7 @@ def export_onnx(
         raise ValueError(f"{output}: the model to export is in there")
     _check_model(checkpoint.config, options, checkpoint.folder, target)
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
-    longest = max(c.config.prefix_length if c.config.streams > 1 else 0 for c in checkpoints)
+    longest = max(c.config.prefix_length for c in checkpoints)
     options = replace(options, longest_prefix=longest)
     with working_folder(output) as work:
         graph, data = targets.file_names(target, options)
@@ -144,6 +144,11 @@ def _with_adapters(
     for path in folders:
         adapter = read_adapter(path)
         adapter.check_backbone(folder, own)
+        if adapter.streams == 1:
+            raise ValueError(
+                f"{path}: a prefix for one stream, and P=1 is the model without it here; fuse the "
+                "two, and export the result"
+            )
         if adapter.streams in found:
             raise ValueError(
                 f"{path} and {found[adapter.streams].folder} both have P={adapter.streams}"
@@ -299,7 +304,7 @@ def _metadata(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
     config = checkpoint.config
     values = {
         "streams": config.streams,
-        "prefix_length": config.prefix_length if config.streams > 1 else 0,
+        "prefix_length": config.prefix_length,
         "kv_layout": options.kv_layout,
         "ops": options.ops,
         "precision": options.precision,

@@ -34,7 +34,7 @@ class FusedOperators:
 
     def __init__(self, b: Builder, token_ids: ir.Value, mask: ir.Value):
         self.b, config = b, b.config
-        self.prefix_length = config.prefix_length if config.streams > 1 else 0
+        self.prefix_length = config.prefix_length
         self.heads, self.kv_heads, self.rows = folded_heads(config, b.options.kv_layout)
         length, total = b.dimension(token_ids, 1), b.dimension(mask, 1)
         n = b.constant([self.prefix_length])
@@ -59,7 +59,7 @@ class FusedOperators:
         rolled = b("Mod", b("Add", self.columns, self.start), self.length)
         self.token_ids = b("GatherElements", token_ids, rolled, axis=1)
         self.cos, self.sin = self._rotary_tables()
-        if config.streams > 1:
+        if self.prefix_length:
             self.prefix_rows = self._prefix_rows(b.dimension(token_ids, 0))
 
     def _on_device(self, size: ir.Value) -> ir.Value:
@@ -94,7 +94,7 @@ class FusedOperators:
         modules = [f"{name}.{part}_proj" for part in "qkv"]
         packed = b.linear(x, modules, sum(widths), config.hidden_size, b.options.precision)
         side_by_side = config.streams > 1 and self.rows == 1
-        if config.streams > 1:
+        if self.prefix_length:
             if side_by_side:
                 shape = b.constant([0, -1, config.streams, sum(widths)])
                 packed = b("Reshape", packed, shape)
@@ -114,7 +114,7 @@ class FusedOperators:
             scale=config.head_dim**-0.5, do_rotary=1,
             rotary_interleaved=int(config.rope_traditional),
         )  # fmt: skip
-        if config.streams > 1:
+        if self.prefix_length:
             y = b.slice(y, self.new_prefix, axis=1)
         if side_by_side:
             y = b("Reshape", y, b.constant([0, -1, widths[0]]))
@@ -124,6 +124,7 @@ class FusedOperators:
     def _prefix(self, name: str, widths: list[int]) -> ir.Value:
         b, config = self.b, self.b.config
         streams, n = config.streams, config.prefix_length
+        side_by_side = streams > 1 and self.rows == 1
 
         def compute() -> np.ndarray:
             keys, values = (
@@ -136,9 +137,9 @@ class FusedOperators:
             queries = np.zeros((streams, n, widths[0]))
             flat = [a.swapaxes(1, 2).reshape(streams, n, -1) for a in (keys, values)]
             rows = np.concatenate([queries, *flat], axis=-1)
-            return rows.reshape(-1, sum(widths)) if self.rows > 1 else rows.swapaxes(0, 1)
+            return rows.swapaxes(0, 1) if side_by_side else rows.reshape(-1, sum(widths))
 
-        many = (streams * n,) if self.rows > 1 else (n, streams)
+        many = (n, streams) if side_by_side else (streams * n,)
         return b.tensor(b.weights.floats(f"{name}.prefix", (*many, sum(widths)), compute))
 
     def add_and_norm(self, h: ir.Value, x: ir.Value, weight: str) -> tuple[ir.Value, ir.Value]:

@@ -22,7 +22,7 @@ class StandardOperators:
 
     def __init__(self, b: Builder, token_ids: ir.Value, mask: ir.Value):
         self.b, self.token_ids, config = b, token_ids, b.config
-        self.prefix_length = config.prefix_length if config.streams > 1 else 0
+        self.prefix_length = config.prefix_length
         self.heads, self.kv_heads, self.rows = folded_heads(config, b.options.kv_layout)
         batch, length, total = (
             b.dimension(token_ids, 0),
@@ -35,7 +35,7 @@ class StandardOperators:
         rows_mask = b("Tile", mask, b.constant([self.rows, 1])) if self.rows > 1 else mask
         self.cos, self.sin = self._rotary(rows_mask)
         self.mask = self._attention_mask(rows_mask, total)
-        if config.streams > 1:
+        if self.prefix_length:
             is_first = b.cast(b("Equal", length, total), ir.DataType.INT64)
             count = b("Mul", is_first, b.constant([self.prefix_length]))
             self.prefix_rows = prefix_rows(b, batch, count)
@@ -85,7 +85,7 @@ class StandardOperators:
         values = self._heads(x, f"{name}.v_proj", config.num_key_value_heads)
         queries = self._rotate(queries, self.heads)
         keys = self._rotate(keys, self.kv_heads)
-        if config.streams > 1:
+        if self.prefix_length:
             keys = self._after_prefix(keys, f"{name}.prefix_k")
             values = self._after_prefix(values, f"{name}.prefix_v")
         y, *present = b.many(

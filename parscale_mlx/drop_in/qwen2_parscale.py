@@ -43,6 +43,7 @@ class ModelArgs(BaseModelArgs):
     mlp_bias: bool = False
     parscale_n: int = 1
     parscale_n_tokens: int = 48
+    parscale_prefix: bool = False  # whether one stream has a prefix, too
     parscale_attn_smooth: float = 0.01
 
     def __post_init__(self):
@@ -125,7 +126,7 @@ class Attention(nn.Module):
             scaling_config=args.rope_scaling,
             max_position_embeddings=args.max_position_embeddings,
         )
-        if args.parscale_n > 1:
+        if args.parscale_n > 1 or args.parscale_prefix:
             shape = (args.parscale_n, self.n_kv_heads, args.parscale_n_tokens, head_dim)
             self.prefix_k = mx.zeros(shape)
             self.prefix_v = mx.zeros(shape)
@@ -225,7 +226,7 @@ class Decoder(nn.Module):
     def __call__(self, inputs, cache=None, input_embeddings=None):
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         cache = cache or [None] * len(self.layers)
-        if "aggregator" in self and cache[0] is not None and cache[0].empty():
+        if "prefix_k" in self.layers[0].self_attn and cache[0] is not None and cache[0].empty():
             raise ValueError("an empty KV cache lacks the prefix; make it with model.make_cache()")
         mask = create_attention_mask(h, cache[0])
         B, L, d = h.shape
@@ -253,7 +254,7 @@ class Model(nn.Module):
 
     def make_cache(self):
         """KV caches that hold the prefix already."""
-        if self.args.parscale_n == 1:
+        if "prefix_k" not in self.layers[0].self_attn:
             return [KVCache() for _ in self.layers]
         dtype = self.model.norm.weight.dtype
         return [PrefixKVCache(*layer.self_attn.prefix(dtype)) for layer in self.layers]

@@ -77,7 +77,7 @@ def make_start(settings: TrainSettings, folder: Path, documents: list[Document])
         model = with_streams(model, adapter)
     elif settings.streams is not None:
         config = _graft(settings, model, config, documents)
-    elif settings.stage == "streams" and model.args.streams == 1:
+    elif settings.stage == "streams" and not model.args.prefix_length:
         raise ValueError(f"{folder}: this model has no streams; say how many (--streams)")
     if not settings.trains_backbone:
         train_streams_only(model, getattr(mx, settings.dtype))
@@ -139,7 +139,8 @@ def train_streams_only(model: Model, dtype: mx.Dtype) -> None:
     model.freeze()
     for layer in model.layers:
         layer.self_attn.unfreeze(recurse=False, keys=["prefix_k", "prefix_v"])
-    model.model.aggregator.unfreeze()
+    if model.args.streams > 1:
+        model.model.aggregator.unfreeze()
     streams = dict(tree_flatten(model.trainable_parameters())).items()
     assert all(is_stream_tensor(name) for name, _ in streams)
     model.load_weights([(name, value.astype(dtype)) for name, value in streams], strict=False)

@@ -50,6 +50,7 @@ class Shape:
     Attributes:
         streams: P; 1 for a plain decoder.
         prefix: positions of a stream's prefix.
+        prefix_alone: whether one stream has a prefix, too.
         qkv_bias, output_bias, mlp_bias: which projections have biases.
     """
 
@@ -66,6 +67,7 @@ class Shape:
     mlp_bias: bool = False
     streams: int = 1
     prefix: int = 48
+    prefix_alone: bool = False
 
     @property
     def query_width(self) -> float:
@@ -79,7 +81,7 @@ class Shape:
     @property
     def prefix_positions(self) -> int:
         """Positions of the cache that the prefix takes: none in a plain decoder."""
-        return self.prefix if self.streams > 1 else 0
+        return self.prefix if self.streams > 1 or self.prefix_alone else 0
 
     def matrices(self) -> dict[str, float]:
         """Parameters of the matrices that can be quantised."""
@@ -227,6 +229,7 @@ def shape_of(config) -> Shape:
         mlp_bias=bool(config.get("mlp_bias", False)),
         streams=_whole(config, "parscale_n", 1),
         prefix=_whole(config, "parscale_n_tokens", 48),
+        prefix_alone=bool(config.get("parscale_prefix", False)),
     )
 
 

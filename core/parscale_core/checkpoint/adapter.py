@@ -84,7 +84,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: no {error} in it, or something else in its place") from error
     try:
-        check_streams(adapter.streams, adapter.prefix_length, adapter.smoothing, least=2)
+        check_streams(adapter.streams, adapter.prefix_length, adapter.smoothing)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return adapter

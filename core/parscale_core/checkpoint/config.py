@@ -1,7 +1,7 @@
 """A model's ``config.json``: read once, checked once, for every engine."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ class ModelConfig:
 
     Attributes:
         streams, prefix_length, smoothing: ``parscale_n``, ``parscale_n_tokens`` and
-            ``parscale_attn_smooth`` there.
+            ``parscale_attn_smooth`` there. The prefix of one stream is 0 tokens long, whatever
+            ``parscale_n_tokens`` says, unless ``parscale_prefix`` is true.
         rope_scaling: the fields of ``rope_scaling`` or ``rope_parameters``; may be empty.
         raw: the file as it stands.
     """
@@ -92,7 +93,14 @@ class ModelConfig:
             smoothing=raw.get("parscale_attn_smooth", 0.01),
             raw=raw,
         )
-        check_streams(config.streams, config.prefix_length, config.smoothing, least=1)
+        check_streams(config.streams, config.prefix_length, config.smoothing)
+        has_prefix = raw.get("parscale_prefix", config.streams > 1)
+        if not isinstance(has_prefix, bool):
+            raise ValueError(f"parscale_prefix {has_prefix!r} is neither true nor false")
+        if not has_prefix and config.streams > 1:
+            raise ValueError(f"parscale_prefix false cannot go with parscale_n {config.streams}")
+        if not has_prefix:
+            config = replace(config, prefix_length=0)
         if heads % config.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {heads} is not a multiple of "
@@ -140,14 +148,14 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
 
 
-def check_streams(streams: Any, prefix_length: Any, smoothing: Any, *, least: int) -> None:
+def check_streams(streams: Any, prefix_length: Any, smoothing: Any) -> None:
     """Check what ``config.json`` or an adapter says of its streams.
 
     Raises:
         ValueError: a number that no model has.
     """
-    if not _is_whole(streams) or not least <= streams <= MAX_STREAMS:
-        raise ValueError(f"parscale_n {streams!r} is not a number from {least} to {MAX_STREAMS}")
+    if not _is_whole(streams) or not 1 <= streams <= MAX_STREAMS:
+        raise ValueError(f"parscale_n {streams!r} is not a number from 1 to {MAX_STREAMS}")
     if not _is_whole(prefix_length) or prefix_length < 1:
         raise ValueError(f"parscale_n_tokens {prefix_length!r} is not at least 1")
     if not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
@@ -176,7 +184,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{layer}.mlp.down_proj", d, hidden, config.mlp_bias)
         shapes[f"{layer}.input_layernorm.weight"] = (d,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
-        if config.streams > 1:
+        if config.prefix_length:
             prefix = (config.streams, config.num_key_value_heads, config.prefix_length)
             shapes[f"{layer}.self_attn.prefix_k"] = (*prefix, config.head_dim)
             shapes[f"{layer}.self_attn.prefix_v"] = (*prefix, config.head_dim)

@@ -169,10 +169,10 @@ class Checkpoint:
             self._add(Stored(entry.file, name, entry.shape, dtype))
 
     def _add_streams(self, adapter: AdapterFolder) -> None:
-        if self.config.streams > 1:
+        if self.config.prefix_length:
+            own = f"{self.config.streams} stream{'s' * (self.config.streams > 1)}"
             raise ValueError(
-                f"{self.folder}: has {self.config.streams} streams of its own, so it takes none "
-                f"from {adapter.folder}"
+                f"{self.folder}: has {own} of its own, so it takes none from {adapter.folder}"
             )
         self.config = replace(
             self.config,
@@ -191,7 +191,7 @@ class Checkpoint:
     def _check(self) -> None:
         config = self.config
         asking = "config.json" if self.adapter is None else adapters.CONFIG
-        if config.streams == 1:
+        if not config.prefix_length:
             for name, stored in self.stored.items():
                 if is_prefix(name):
                     raise ValueError(
