@@ -141,7 +141,7 @@ def test_what_was_trained_generates(parscale, plain_model, whole):
         (["--stage", "pretrain", "-o", "x", "--config", "/nowhere"], "--config"),
         (["--resume", "/nowhere"], "--resume"),
         (["--stage", "streams", "--lr", "0"], "--lr"),
-        (["--stage", "streams", "--streams", "1"], "--streams"),
+        (["--stage", "streams", "--streams", "0"], "--streams"),
         (["--stage", "streams", "--batch-size", "0"], "--batch-size"),
     ],
 )  # fmt: skip

@@ -170,7 +170,7 @@ def change_config(folder, **changes):
     ("changes", "words"),
     [
         ({"adapter_type": "lora"}, "not a stream adapter"),
-        ({"parscale_n": 1}, "parscale_n 1 is not"),
+        ({"parscale_n": 1}, "says 1 streams of 48 tokens"),
         ({"parscale_n": "4"}, "parscale_n '4' is not"),
         ({"parscale_n": 2}, "says 2 streams of 48 tokens, but model.layers"),
         ({"parscale_n_tokens": 47}, "says 4 streams of 47 tokens, but model.layers"),

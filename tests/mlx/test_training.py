@@ -460,7 +460,7 @@ def test_whole_documents_are_held_out(settings, base, tmp_path):
         ({"batch_size": 0}, "--batch-size 0: not at least 1"),
         ({"data": []}, "give --data"),
         ({"seq_length": 129}, "--seq-length 129 is more than the model's max_position"),
-        ({"streams": 65}, "65 streams: not a number from 2 to 64"),
+        ({"streams": 65}, "65 streams: not a number from 1 to 64"),
         ({"prefix_tokens": 10**6}, "fewer than --prefix-tokens"),
     ],
 )
