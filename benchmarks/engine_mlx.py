@@ -33,9 +33,7 @@ def measure_mlx_lm(model, tokenizer, count: int, tokens: int) -> float:
     endless = TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=[])
     start = time.perf_counter()
     if count == 1:
-        steps = mlx_lm.stream_generate(
-            model, endless, prompts(tokenizer, 1)[0], max_tokens=tokens
-        )
+        steps = mlx_lm.stream_generate(model, endless, prompts(tokenizer, 1)[0], max_tokens=tokens)
         done = sum(1 for _ in steps)
     else:
         answers = mlx_lm.batch_generate(
@@ -46,8 +44,9 @@ def measure_mlx_lm(model, tokenizer, count: int, tokens: int) -> float:
 
 
 def measure_engine(model, tokenizer, count: int, tokens: int, with_weights: bool) -> float:
-    from parscale_core.engine import Request, Sampling
     from parscale_mlx.engine import MlxEngine
+
+    from parscale_core.engine import Request, Sampling
 
     engine = MlxEngine({1: model}, tokenizer, prompt_cache_size=0)
     start = time.perf_counter()

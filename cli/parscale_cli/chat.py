@@ -3,20 +3,22 @@
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 
 import click
+from parscale_core.engine import Request
 
 from parscale_cli import show
 from parscale_cli.adapters import adapter_options
-from parscale_cli.parallel import lines_typed, parallel_option
+from parscale_cli.parallel import parallel_option
 from parscale_cli.prompts import encode
-from parscale_cli.runtime import open_runtime, runtime_options
-from parscale_cli.sampling import Sampling, sampling_options, take_sampling
+from parscale_cli.runtime import follows, open_engine, runtime_options
+from parscale_cli.sampling import sampling_options, take_sampling
 
 HELP = """\
 /reset    forget the conversation
-/streams  tint each token by the stream that spoke loudest, or stop doing so
+/streams  tint each token by the stream with the largest weight, or stop doing so
 /help     this
 /quit     leave (so does Ctrl-D, but not through mlx.launch)
 Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the chat"""
@@ -42,21 +44,26 @@ Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the ch
 @parallel_option
 @click.option("--show-streams", is_flag=True, help="Begin with /streams on.")
 @click.pass_context
-def chat(ctx, model, runtime, system, show_streams, **options):
+def chat(ctx, model, runtime, system, show_streams, stop, **options):
     """Talk with a model; /help lists what can be typed besides."""
     sampling = take_sampling(options)
-    shared = options["parallel"] is not None
-    runtime = open_runtime(ctx, model, runtime, options)
-    if show_streams:
-        runtime.require_streams()
-    if not runtime.tokenizer.chat_template:
-        raise click.ClickException(
-            "this model has no chat template: use parscale generate, or an instruction-tuned model"
-        )
-    click.echo("Type a message; /help for what else, /quit to leave.", err=True)
-    conversation: list[dict[str, str]] = _opening(system)
-    runtime.keep_cache = True
-    for line in lines_typed() if shared else iter(_line_editor(), None):
+    with open_engine(ctx, model, runtime, options, hints=False) as engine:
+        if not engine.tokenizer.chat_template:
+            raise click.ClickException(
+                "this model has no chat template: use parscale generate, or an instruction-tuned "
+                "model"
+            )
+        request = Request([0], sampling=sampling, stop=stop)
+        if follows(engine, "sampling", asdict(request)):
+            return
+        show_streams = show_streams and _gives_streams(engine)
+        click.echo("Type a message; /help for what else, /quit to leave.", err=True)
+        _converse(engine, request, system, show_streams)
+
+
+def _converse(engine, request: Request, system: str | None, show_streams: bool) -> None:
+    conversation = _opening(system)
+    for line in iter(_line_editor(), None):
         match line.strip():
             case "":
                 continue
@@ -68,13 +75,14 @@ def chat(ctx, model, runtime, system, show_streams, **options):
                 conversation = _opening(system)
                 click.echo("conversation forgotten", err=True)
             case "/streams":
-                show_streams = _toggle_streams(runtime, show_streams)
+                show_streams = _toggle_streams(engine, show_streams)
             case command if command.startswith("/"):
                 click.echo(f"{command.split()[0]}: not a command; /help lists them", err=True)
             case message:
                 conversation.append({"role": "user", "content": message})
-                with nullcontext() if shared else _interrupts() as interrupted:
-                    answer = _answer(runtime, conversation, sampling, show_streams, interrupted)
+                ids = encode(engine.tokenizer, conversation, system=None, use_template=True)
+                asked = replace(request, prompt=ids, stream_weights=show_streams)
+                answer = _answer(engine, asked)
                 conversation.append({"role": "assistant", "content": answer})
 
 
@@ -82,16 +90,20 @@ def _opening(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def _toggle_streams(runtime, shown: bool) -> bool:
+def _gives_streams(engine) -> bool:
+    if not engine.gives_stream_weights:
+        raise ValueError("--show-streams: this model was exported without --aggregation-weights")
+    return True
+
+
+def _toggle_streams(engine, shown: bool) -> bool:
     if shown:
         click.echo("streams hidden", err=True)
         return False
-    try:
-        runtime.require_streams()
-    except ValueError as error:
-        click.echo(error, err=True)
+    if not engine.gives_stream_weights:
+        click.echo("this model was exported without --aggregation-weights", err=True)
         return False
-    click.echo(f"streams shown\n{show.legend(runtime.streams)}", err=True)
+    click.echo(f"streams shown\n{show.legend(engine.streams[0])}", err=True)
     return True
 
 
@@ -113,38 +125,34 @@ def _read_line() -> str | None:
         return None
 
 
-def _answer(
-    runtime, conversation: list, sampling: Sampling, show_streams: bool, interrupted: list | None
-) -> str:
-    ids = encode(runtime.tokenizer, conversation, system=None, use_template=True)
+def _answer(engine, request: Request) -> str:
+    """Print an answer as it comes; Ctrl-C ends it, and what there is of it is kept."""
     text = ""
-    for piece in runtime.answer([ids], sampling, with_streams=show_streams):
-        text += piece.text
-        shown = piece.text
-        if piece.streams and sys.stdout.isatty():
-            shown = show.tint(piece.text, show.loudest(piece.streams))
-        click.echo(shown, nl=False)
-        if interrupted:
-            break
+    answer = engine.submit(request)
+    with _interrupts(answer.cancel):
+        for piece in answer:
+            text += piece.text
+            shown = piece.text
+            if piece.stream_weights and sys.stdout.isatty():
+                shown = show.tint(piece.text, show.largest(piece.stream_weights))
+            click.echo(shown, nl=False)
     click.echo()
     return text
 
 
 @contextmanager
-def _interrupts():
-    """Collect Ctrl-C instead of raising: an exception amid a step would leave layers' caches apart.
-
-    A second Ctrl-C raises all the same.
-    """
+def _interrupts(act: Callable[[], None]):
+    """Let Ctrl-C do something else than raise; a second one raises all the same."""
     seen: list[int] = []
 
     def note(signum, frame):
         seen.append(signum)
         if len(seen) > 1:
             raise KeyboardInterrupt
+        act()
 
     before = signal.signal(signal.SIGINT, note)
     try:
-        yield seen
+        yield
     finally:
         signal.signal(signal.SIGINT, before)

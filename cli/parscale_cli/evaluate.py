@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 from parscale_cli.adapters import many_streams_options
 from parscale_cli.parallel import parallel_option
 from parscale_cli.quantities import WholeNumbers
+from parscale_cli.runtime import follows, open_all, runtime_options
 
 if TYPE_CHECKING:
     from parscale_cli.evaluation.pass_at_k import Sample
@@ -155,12 +156,14 @@ class Figure:
 )
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")  # fmt: skip
+@runtime_options
 @parallel_option
-def evaluate(model, adapters, streams, output, force, as_json, parallel, **options):
+@click.pass_context
+def evaluate(ctx, model, runtime, output, force, as_json, **options):
     """Evaluate models on tasks and programming problems; one table, task by number of streams."""
     tasks = [name.strip() for name in options.pop("tasks").split(",") if name.strip()]
     files, folders = options.pop("files"), options.pop("folders")
-    if tasks and parallel is not None:
+    if tasks and options["parallel"] is not None:
         raise click.UsageError(
             "--tasks cannot go with --parallel: the harness's model would give each process "
             "questions of its own; --code can"
@@ -171,27 +174,19 @@ def evaluate(model, adapters, streams, output, force, as_json, parallel, **optio
     if tasks:
         harness = _import_harness()
         manager, tasks = harness.open_tasks(tasks, folders)
-    from parscale_mlx.load import open_models
-
-    from parscale_core.checkpoint.folder import find_folder
-    from parscale_core.checkpoint.packaged import EMBEDDED
-
-    models, tokenizer = open_models(
-        find_folder(model or EMBEDDED), adapters, streams or (), parallel=parallel
-    )
     figures: list[Figure] = []
     completions: list[dict] = []
-    for count, loaded in models.items():
-        if harness:
-            figures += _run_tasks(harness, manager, tasks, count, loaded, tokenizer, options)
-        for file, own in problems.items():
-            samples = list(_run_code(own, count, loaded, tokenizer, options))
-            if _follows(loaded):
-                continue
-            figures += _pass_figures(file, count, samples, options["ks"])
-            completions += [_as_dict(file, count, sample) for sample in samples]
-    if _follows(loaded):
-        return
+    with open_all(ctx, model, runtime, options, size=options["batch_size"]) as engine:
+        asked = [asdict(problem) for own in problems.values() for problem in own]
+        if follows(engine, "problems or options", [asked, str(options)]):
+            return
+        for count in options["streams"] or sorted(engine.streams):
+            if harness:
+                figures += _run_tasks(harness, manager, tasks, count, engine, options)
+            for file, own in problems.items():
+                samples = list(_run_code(own, count, engine, options))
+                figures += _pass_figures(file, count, samples, options["ks"])
+                completions += [_as_dict(file, count, sample) for sample in samples]
     report = {"figures": [vars(figure) for figure in figures]}
     if output is not None:
         _write(output, report | {"completions": completions})
@@ -199,11 +194,6 @@ def evaluate(model, adapters, streams, output, force, as_json, parallel, **optio
         click.echo(json.dumps(report))
     else:
         _print(figures)
-
-
-def _follows(model) -> bool:
-    """Whether this process only computes with rank 0, which runs programs and reports."""
-    return model.parallel is not None and model.parallel.group.rank() > 0
 
 
 def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, options: dict) -> None:
@@ -248,17 +238,19 @@ def _import_harness() -> Any:
 
 
 def _run_tasks(
-    harness, manager, tasks: list[str], count: int, model, tokenizer, options: dict
+    harness, manager, tasks: list[str], count: int, engine: Any, options: dict
 ) -> Iterator[Figure]:
     use_template = options["use_template"]
     if use_template is None:
-        use_template = bool(tokenizer.chat_template)
+        use_template = bool(engine.tokenizer.chat_template)
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
     if options["run_generated_code"]:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     results = harness.evaluate(
         harness.ModelInHarness(
-            model,
-            tokenizer,
+            engine.models[count],
+            TokenizerWrapper(engine.tokenizer, eos_token_ids=sorted(engine.end_tokens)),
             max_tokens=options["max_tokens"],
             batch_size=options["batch_size"],
             use_chat_template=use_template,
@@ -281,10 +273,9 @@ def _run_tasks(
 
 
 def _run_code(
-    problems: list["Problem"], count: int, model, tokenizer, options: dict
+    problems: list["Problem"], count: int, engine: Any, options: dict
 ) -> Iterator["Sample"]:
-    from parscale_mlx.evaluation.completions import complete
-
+    from parscale_core.engine import Request, Sampling
     from tqdm import tqdm
 
     from parscale_cli.evaluation.pass_at_k import run_samples
@@ -292,23 +283,23 @@ def _run_code(
     from parscale_cli.evaluation.sandbox import Limits
 
     asked = [problem for problem in problems for _ in range(options["samples"])]
-    cuts = [cut_prompt(tokenizer, problem.prompt, problem.likely) for problem in asked]
-    answers = complete(
-        model,
-        tokenizer,
-        [(ids, problem.stops) for (ids, _), problem in zip(cuts, asked, strict=True)],
-        max_tokens=options["max_tokens"] or CODE_TOKENS,
-        batch_size=options["batch_size"],
-        temp=options["temp"],
-        top_p=options["top_p"],
-        seed=options["seed"],
-    )
-    bar = tqdm(
-        answers, total=len(asked), desc=f"P={count}", unit=" answers", disable=None, leave=False
-    )
-    completions = [(asked[n], asked[n].completion(cuts[n][1] + text)) for n, text in bar]
-    if _follows(model):
-        return
+    cuts = [cut_prompt(engine.tokenizer, problem.prompt, problem.likely) for problem in asked]
+    answers = []
+    for number, ((ids, _), problem) in enumerate(zip(cuts, asked, strict=True)):
+        sampling = Sampling(
+            options["max_tokens"] or CODE_TOKENS,
+            options["temp"],
+            options["top_p"],
+            seed=options["seed"] + number,
+        )
+        request = Request(ids, streams=count, sampling=sampling, stop=problem.stops)
+        answers.append(engine.submit(request))
+    bar = tqdm(answers, desc=f"P={count}", unit=" answers", disable=None, leave=False)
+    texts = ["".join(piece.text for piece in answer) for answer in bar]
+    completions = [
+        (problem, problem.completion(cut + text))
+        for (_, cut), problem, text in zip(cuts, asked, texts, strict=True)
+    ]
     limits = Limits(options["code_timeout"], options["code_memory"] << 20)
     yield from run_samples(completions, limits, os.cpu_count() or 1)
 

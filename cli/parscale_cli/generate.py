@@ -2,16 +2,29 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import click
+from parscale_core.engine import Request
 
 from parscale_cli import show
 from parscale_cli.adapters import adapter_options
 from parscale_cli.parallel import parallel_option
 from parscale_cli.prompts import encode, read_prompts
-from parscale_cli.runtime import open_runtime, runtime_options
+from parscale_cli.runtime import follows, open_engine, runtime_options
 from parscale_cli.sampling import sampling_options, take_sampling
+
+
+class Draft(click.ParamType):
+    name = "draft"
+
+    def convert(self, value, param, ctx):
+        if value == "ngram" or isinstance(value, int):
+            return value
+        if value.isdecimal() and 1 <= int(value) <= 64:
+            return int(value)
+        return self.fail("ngram, or a number of streams", param, ctx)
 
 
 @click.command()
@@ -73,6 +86,13 @@ from parscale_cli.sampling import sampling_options, take_sampling
 )
 @click.option("--draft-model", metavar="DIR|NAME", help="A small model for speculative decoding.")
 @click.option(
+    "--draft",
+    type=Draft(),
+    metavar="ngram|P",
+    help="Speculative decoding without a second model: drafts from the text so far, or by the "
+    "model with P streams.",
+)
+@click.option(
     "--num-draft-tokens",
     type=click.IntRange(1),
     default=3,
@@ -80,59 +100,111 @@ from parscale_cli.sampling import sampling_options, take_sampling
     help="Tokens to draft at a time.",
 )
 @click.option(
-    "--show-streams", is_flag=True, help="Show which stream spoke loudest for each token."
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Answer with JSON that this schema allows.",
+)
+@click.option(
+    "--grammar",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Answer with a text that this Lark grammar or regular expression allows.",
+)
+@click.option(
+    "--show-streams", is_flag=True, help="Show the stream with the largest weight for each token."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt.")
-@click.option("--quiet", is_flag=True, help="No statistics on standard error.")
+@click.option("--quiet", is_flag=True, help="No statistics and no hints on standard error.")
+@click.option("--verbose", is_flag=True, help="Say what computes, and how.")
 @runtime_options
 @parallel_option
 @click.pass_context
 def generate(
     ctx, model, runtime, texts, prompts_file, system, use_template, show_streams, as_json, quiet,
-    **options,
+    verbose, json_schema, grammar, stop, **options,
 ):  # fmt: skip
     """Generate text; statistics go to standard error."""
     sampling = take_sampling(options)
     prompts = read_prompts(texts, prompts_file)
-    many = len(prompts) > 1
-    if many and show_streams and not as_json:
+    if len(prompts) > 1 and show_streams and not as_json:
         raise click.UsageError("--show-streams of several prompts needs --json")
-    _check_together(options, many)
-    runtime = open_runtime(ctx, model, runtime, options)
-    if show_streams:
-        runtime.require_streams()
-    ids = [
-        encode(runtime.tokenizer, prompt, system=system, use_template=use_template)
-        for prompt in prompts
-    ]
-    stats = show.Stats(prompt_tokens=sum(map(len, ids)))
-    pieces = stats.watch(runtime.answer(ids, sampling, with_streams=show_streams))
-    if show_streams:
-        pieces = runtime.add_streams(ids, pieces)
-    decode = runtime.tokenizer.decode
+    _check_together(options, len(prompts) > 1)
+    form = _read_form(json_schema, grammar)
+    cache_file: Path | None = options["prompt_cache"]
+    with open_engine(ctx, model, runtime, options, hints=not quiet) as engine:
+        if verbose:
+            click.echo("\n".join([engine.name, *getattr(engine, "notes", [])]), err=True)
+        requests = [
+            Request(
+                encode(engine.tokenizer, prompt, system=system, use_template=use_template),
+                sampling=sampling,
+                stop=stop,
+                stream_weights=show_streams,
+                grammar=form,
+                draft=options["draft"] if options["draft_model"] is None else "model",
+                num_draft_tokens=options["num_draft_tokens"],
+            )
+            for prompt in prompts
+        ]
+        if follows(engine, "prompt or sampling", [asdict(r) for r in requests]):
+            return
+        if cache_file is not None and cache_file.exists():
+            engine.read_prompt_cache(cache_file)
+        stats = show.Stats(prompt_tokens=sum(len(request.prompt) for request in requests))
+        answers = [stats.watch(answer) for answer in [engine.submit(r) for r in requests]]
+        if as_json:
+            found = [show.collect_json(*pair) for pair in zip(answers, prompts, strict=True)]
+        elif show_streams:
+            show.print_streams(answers[0], colour=sys.stdout.isatty())
+        else:
+            show.print_text(answers)
+        stats.peak_memory = show.peak_memory(engine)
+        if cache_file is not None:
+            engine.write_prompt_cache(cache_file)
     if as_json:
-        answers = show.collect_json(pieces, prompts, decode)
-    elif show_streams:
-        show.print_streams(pieces, decode, colour=sys.stdout.isatty())
-    else:
-        show.print_text(pieces, many=len(prompts))
-    stats.peak_memory = runtime.peak_memory()
-    if as_json:
-        for answer in answers:
+        for answer in found:
             click.echo(json.dumps(answer | {"stats": stats.as_dict()}, ensure_ascii=False))
     if not quiet:
         stats.print()
 
 
+def _read_form(json_schema: Path | None, grammar: Path | None) -> str | None:
+    if json_schema is None and grammar is None:
+        return None
+    if json_schema is not None and grammar is not None:
+        raise click.UsageError("--json-schema cannot go with --grammar")
+    from parscale_core.engine.grammar import from_json_schema, from_text
+
+    file = json_schema or grammar
+    assert file is not None
+    read = from_json_schema if json_schema is not None else from_text
+    try:
+        return read(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def _check_together(options: dict, many: bool) -> None:
-    single_only = ("prompt_cache", "kv_bits", "max_kv_size", "draft_model")
-    for name in single_only:
-        if many and options[name] is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} takes a single prompt")
     cache_file = options["prompt_cache"]
-    if cache_file is not None and cache_file.suffix != ".safetensors":  # MLX goes by it
-        raise click.UsageError(f"--prompt-cache {cache_file}: its name must end in .safetensors")
-    if options["draft_model"] is not None:
-        for name in ("prompt_cache", "max_kv_size"):
-            if options[name] is not None:
-                raise click.UsageError(f"--{name.replace('_', '-')} cannot go with --draft-model")
+    if cache_file is not None:
+        if many:
+            raise click.UsageError("--prompt-cache takes a single prompt")
+        if cache_file.suffix != ".safetensors":  # MLX goes by it
+            raise click.UsageError(
+                f"--prompt-cache {cache_file}: its name must end in .safetensors"
+            )
+        if not cache_file.parent.is_dir():
+            raise click.UsageError(f"--prompt-cache {cache_file}: there is no such folder")
+    apart = (
+        ("draft_model", "draft"),
+        ("draft_model", "prompt_cache"),
+        ("draft_model", "max_kv_size"),
+        ("draft", "max_kv_size"),
+        ("draft", "prompt_cache"),
+        ("kv_bits", "max_kv_size"),
+    )
+    for one, other in apart:
+        if options[one] is not None and options[other] is not None:
+            one, other = (f"--{name.replace('_', '-')}" for name in (one, other))
+            raise click.UsageError(f"{other} cannot go with {one}")

@@ -2,17 +2,12 @@
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
 from pathlib import Path
-from select import select
 
 import click
-
-TURN = 0.1  # seconds between two exchanges of what was typed: a rank that waits in one spins
-NOTHING, END = b"", b"\0"
 
 
 class Mode(click.ParamType):
@@ -95,24 +90,3 @@ def together() -> Iterator[None]:
             redirect_stderr(nowhere),
         ):
             yield
-
-
-def lines_typed() -> Iterator[str]:
-    """On every rank the lines of rank 0's standard input, as they come, to its end."""
-    from parscale_mlx.ranks import broadcast, join
-
-    group, typed = join(), b""
-    while True:
-        ended = False
-        if group.rank() > 0:
-            time.sleep(TURN)
-        elif b"\n" not in typed and select([0], [], [], TURN)[0]:
-            data = os.read(0, 4096)
-            typed, ended = typed + data, not data
-        line, newline, rest = typed.partition(b"\n")
-        typed = rest if newline else line
-        told = broadcast(group, END if ended else line + newline if newline else NOTHING)
-        if told == END:
-            return
-        if told:
-            yield told.decode(errors="replace")

@@ -1,17 +1,20 @@
 """Which engine runs a model, and the options that only one of them has."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from parscale_cli.answer import Runtime
-
-ONNX_ONLY, SHARED = ("provider", "device_id", "threads", "cuda_graph"), ("streams",)
+HINTS = "PARSCALE_HINTS"
+ONNX_ONLY, SHARED = ("provider", "device_id", "threads", "cuda_graph"), ("streams", "adapters")
 OPTIONS = (
     click.option("--runtime", type=click.Choice(["mlx", "onnx"]),
-                 help="What computes; by default onnx for a folder that export-onnx wrote."),
+                 help="What computes; by default onnx for a folder that export-onnx wrote. "
+                      "onnx exports another model once, into the user's cache folder."),
     click.option("--provider", metavar="NAME",
                  help="onnx: cpu, cuda or an execution provider's full name; "
                       "by default CUDA where it works."),
@@ -32,42 +35,169 @@ def runtime_options(command: Callable) -> Callable:
     return command
 
 
-def open_runtime(
-    ctx: click.Context, model: str | None, runtime: str | None, options: dict
-) -> Runtime:
-    """Load a model in the engine that was asked for, or that its folder is made for.
+def choose_runtime(model: str | None, runtime: str | None) -> str:
+    """ "mlx" or "onnx": what was asked for, or what the model's folder is made for."""
+    return runtime or ("onnx" if model is not None and is_export(Path(model)) else "mlx")
+
+
+def open_engine(
+    ctx: click.Context, model: str | None, runtime: str | None, options: dict, *, hints: bool
+) -> Any:
+    """Start the engine that was asked for, or that a model's folder is made for.
 
     Args:
-        options: those of the engines; what is in neither ``ONNX_ONLY`` nor ``SHARED`` is MLX's.
+        options: a command's; what is in neither ``ONNX_ONLY`` nor ``SHARED`` is MLX's.
+        hints: say which engine would be faster.
+
+    Returns:
+        An engine that a ``with`` block closes.
 
     Raises:
-        click.UsageError: an option of the other engine was given, or an export is needed.
+        click.UsageError: an option of the other engine was given.
     """
-    if runtime == "onnx" and model is None:
-        raise click.UsageError("--runtime onnx needs --model DIR, a folder that export-onnx wrote")
-    engine = runtime or ("onnx" if model is not None and is_export(Path(model)) else "mlx")
+    engine = choose_runtime(model, runtime)
+    own = _own_options(ctx, engine, options)
+    if engine == "onnx":
+        return open_onnx(model, **own)
+    if hints and runtime is None and own.get("parallel") is None:
+        _hint_at_onnxruntime()
+    return _open_mlx(model, **own)
+
+
+def _own_options(ctx: click.Context, engine: str, options: dict) -> dict:
     own = {}
     for name, value in options.items():
         if name in SHARED or (name in ONNX_ONLY) == (engine == "onnx"):
             own[name] = value
         elif ctx.get_parameter_source(name) != ParameterSource.DEFAULT:
-            option = {"adapters": "adapter"}.get(name, name.replace("_", "-"))
             other = {"mlx": "onnx", "onnx": "mlx"}[engine]
             raise click.UsageError(
-                f"--{option} is an option of --runtime {other}, and this runs with {engine}"
+                f"--{name.replace('_', '-')} is an option of --runtime {other}, and this runs "
+                f"with {engine}"
             )
-    return _open(engine, model, own)
+    return own
 
 
-def _open(engine: str, model: str | None, options: dict) -> Runtime:
-    if engine == "mlx":
-        from parscale_cli.run_mlx import MlxRuntime
+def _hint_at_onnxruntime() -> None:
+    import mlx.core as mx
 
-        return MlxRuntime(model, **options)
-    from parscale_cli.run_onnx import OnnxRuntime
+    if mx.default_device() == mx.cpu and os.environ.get(HINTS) != "off":
+        click.echo(
+            "MLX has no GPU here, and onnxruntime is faster on a CPU: --runtime onnx "
+            f"(--runtime mlx, or {HINTS}=off, to keep MLX and not be told)",
+            err=True,
+        )
 
-    assert model is not None
-    return OnnxRuntime(model, **options)
+
+def _open_mlx(
+    model: str | None,
+    *,
+    streams: int | None = None,
+    draft: int | str | None = None,
+    kv_bits: str | None = None,
+    kv_group_size: str = "64",
+    quantized_kv_start: int = 5000,
+    max_kv_size: int | None = None,
+    prompt_cache: Path | None = None,
+    num_draft_tokens: int = 3,
+    **options: Any,
+) -> Any:
+    # The last two are options of requests, and of the command.
+    from parscale_mlx.engine import CacheOptions, open_engine
+
+    bits = None if kv_bits is None else int(kv_bits)
+    return open_engine(
+        model,
+        default=streams,
+        more_streams=(draft,) if isinstance(draft, int) else (),
+        cache=CacheOptions(bits, int(kv_group_size), quantized_kv_start, max_kv_size),
+        **options,
+    )
+
+
+def open_onnx(
+    model: str | None,
+    *,
+    adapters: Sequence[Path] = (),
+    streams: int | None = None,
+    all_logits: bool = False,
+    **options: Any,
+) -> Any:
+    """An engine on onnxruntime, for an export or for any other model, which is exported first.
+
+    Raises:
+        click.UsageError: adapters over an export, which has its own.
+    """
+    from parscale_export.runtime.opening import open_engine
+    from parscale_export.runtime.session import find_graphs
+
+    path = find_export(model, adapters, all_logits=all_logits)
+    if streams is None and (model is None or not is_export(Path(model).expanduser())):
+        # As in MLX: the most that there are.
+        streams = max(find_graphs(path))
+    return closing(open_engine(path, streams=streams, **options))
+
+
+def find_export(model: str | None, adapters: Sequence[Path], *, all_logits: bool) -> Path:
+    """An export's path as it is; of another model, that of its export in the cache folder.
+
+    Raises:
+        click.UsageError: adapters over an export, which has its own.
+    """
+    if model is not None and is_export(Path(model).expanduser()):
+        if adapters:
+            raise click.UsageError(
+                "--adapter is an option of --runtime mlx, and of models that are exported first; "
+                "this is an export"
+            )
+        return Path(model).expanduser()
+    from parscale_core.checkpoint.folder import find_folder
+    from parscale_core.checkpoint.packaged import EMBEDDED
+
+    from parscale_cli.export_cache import cached_export
+
+    return cached_export(find_folder(model or EMBEDDED), adapters, all_logits=all_logits)
+
+
+def open_all(
+    ctx: click.Context, model: str | None, runtime: str | None, options: dict, *, size: int
+) -> Any:
+    """An engine for each number of streams in ``options`` (by default all that there are).
+
+    Args:
+        options: of the command; of them the engine takes those that are options of runtimes.
+        size: answers to compute at a time.
+    """
+    engine = choose_runtime(model, runtime)
+    names = (*ONNX_ONLY, *SHARED, "parallel")
+    own = _own_options(ctx, engine, {n: v for n, v in options.items() if n in names})
+    wanted = own.pop("streams")
+    if engine == "onnx":
+        return open_onnx(model, streams=wanted[0] if wanted else None, slots=size, **own)
+    from parscale_mlx.engine import open_engine
+
+    return open_engine(model, streams=wanted or "all", batch_size=size, prompt_cache_size=0, **own)
+
+
+def follows(engine: Any, what: str, values: Any) -> bool:
+    """On another rank than 0, compute what rank 0 is asked, to its end; False otherwise.
+
+    Args:
+        what: a name for the values.
+        values: what all ranks must have been given alike, as JSON takes it.
+
+    Raises:
+        ValueError: another rank was given others.
+    """
+    if getattr(engine, "parallel", None) is None:
+        return False
+    from parscale_mlx.ranks import check_same_input
+
+    check_same_input(engine.parallel.group, what, values)
+    if not engine.follows:
+        return False
+    engine.follow()
+    return True
 
 
 def is_export(folder: Path) -> bool:

@@ -1,13 +1,14 @@
 """Printing answers: plain text as it comes, tinted by stream, or JSON."""
 
 import json
+import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import click
-
-from parscale_cli.answer import Piece
+from parscale_core.engine import Piece
 
 # Eight hues of the 256-colour palette that read well on light and dark backgrounds.
 COLOURS = (33, 166, 64, 125, 37, 136, 61, 160)
@@ -22,16 +23,19 @@ class Stats:
     time_to_first_token: float = 0.0
     generation_seconds: float = 0.0
     peak_memory: int = 0
+    start: float = field(default_factory=time.perf_counter)
 
-    def watch(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Pass pieces on, counting and timing them."""
-        start = time.perf_counter()
+    def watch(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Pass the pieces of one answer on, counting and timing them.
+
+        Times are counted from when this was made: answers of one batch are watched one after the
+        other.
+        """
         for piece in pieces:
-            now = time.perf_counter()
-            self.generation_tokens += 1
-            if self.generation_tokens == 1:
-                self.time_to_first_token = now - start
-            self.generation_seconds = now - start - self.time_to_first_token
+            now = time.perf_counter() - self.start
+            self.generation_tokens += piece.token is not None
+            self.time_to_first_token = self.time_to_first_token or now
+            self.generation_seconds = now - self.time_to_first_token
             yield piece
 
     def as_dict(self) -> dict:
@@ -60,7 +64,21 @@ class Stats:
         )
 
 
-def loudest(weights: list[float]) -> int:
+def peak_memory(engine: Any) -> int:
+    """Bytes at most so far: what the engine counts, or all of the process's in the host."""
+    if "peak_bytes" in (statistics := engine.statistics()):
+        return int(statistics["peak_bytes"])
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def largest(weights: Sequence[float]) -> int:
     """The stream with the largest weight, counted from 1."""
     return max(range(len(weights)), key=weights.__getitem__) + 1
 
@@ -75,52 +93,52 @@ def legend(streams: int) -> str:
     return "streams: " + " ".join(tint(str(n), n) for n in range(1, streams + 1))
 
 
-def print_text(pieces: Iterator[Piece], *, many: int) -> None:
+def print_text(answers: list[Iterator[Piece]]) -> None:
     """Print answers: a single one as it comes, several each under a heading when it is whole."""
-    texts: dict[int, str] = {}
-    for piece in pieces:
-        if many == 1:
+    if len(answers) == 1:
+        for piece in answers[0]:
             click.echo(piece.text, nl=False)
-            continue
-        texts[piece.prompt] = texts.get(piece.prompt, "") + piece.text
-        if piece.finish_reason:
-            click.echo(f"==> {piece.prompt + 1} of {many}\n{texts[piece.prompt]}\n")
-    if many == 1:
         click.echo()
+        return
+    for number, pieces in enumerate(answers, 1):
+        text = "".join(piece.text for piece in pieces)
+        click.echo(f"==> {number} of {len(answers)}\n{text}\n")
 
 
-def print_streams(pieces: Iterator[Piece], decode, *, colour: bool) -> None:
-    """Print which stream spoke loudest for each token.
+def print_streams(pieces: Iterator[Piece], *, colour: bool) -> None:
+    """Print the stream with the largest weight for each token.
 
-    In colour, the text tinted by stream; otherwise a line a token: stream, weight, token as JSON.
+    In colour, the text tinted by stream; otherwise a line a token: stream, weight, text as JSON.
     """
     announced = False
     for piece in pieces:
-        assert piece.streams is not None
-        stream = loudest(piece.streams)
+        weights = piece.stream_weights
+        if weights is None:
+            continue
+        stream = largest(weights)
         if not colour:
-            token = json.dumps(decode([piece.token]), ensure_ascii=False)
-            click.echo(f"{stream}\t{piece.streams[stream - 1]:.3f}\t{token}")
+            text = json.dumps(piece.text, ensure_ascii=False)
+            click.echo(f"{stream}\t{weights[stream - 1]:.3f}\t{text}")
             continue
         if not announced:
-            click.echo(legend(len(piece.streams)), err=True)
+            click.echo(legend(len(weights)), err=True)
             announced = True
         click.echo(tint(piece.text, stream), nl=False, color=True)
     if colour:
         click.echo()
 
 
-def collect_json(pieces: Iterator[Piece], prompts: list, decode) -> list[dict]:
-    """Gather answers for a machine, in the prompts' order; with streams, a column for each."""
-    answers: list[dict] = [
-        {"prompt": prompt, "text": "", "finish_reason": None, "tokens": []} for prompt in prompts
-    ]
+def collect_json(pieces: Iterator[Piece], prompt: Any) -> dict[str, Any]:
+    """Gather an answer for a machine; the tokens' texts joined are its text.
+
+    Where streams' weights come along, each token has a column for each.
+    """
+    answer: dict[str, Any] = {"prompt": prompt, "text": "", "finish_reason": None, "tokens": []}
     for piece in pieces:
-        answer = answers[piece.prompt]
         answer["text"] += piece.text
         answer["finish_reason"] = piece.finish_reason
-        token = {"id": piece.token, "text": decode([piece.token])}
-        for n, weight in enumerate(piece.streams or [], 1):
+        token: dict[str, Any] = {"id": piece.token, "text": piece.text}
+        for n, weight in enumerate(piece.stream_weights or [], 1):
             token[f"stream_{n}"] = round(weight, 6)
         answer["tokens"].append(token)
-    return answers
+    return answer

@@ -1,6 +1,7 @@
 """The engine protocol on MLX: one thread that steps all batches in turns."""
 
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -75,6 +76,7 @@ class MlxEngine:
             self.context_length = None
         self.drafts: Sequence[int | str] = self._drafts()
         self._kept = KeptCaches(prompt_cache_size, prompt_cache_bytes)
+        self.parallel = first.parallel
         self._sharing = None if first.parallel is None else Sharing(first.parallel.group)
         if self._sharing is not None:
             facts = {
@@ -87,16 +89,17 @@ class MlxEngine:
             check_same(self._sharing.group, {name: str(value) for name, value in facts.items()})
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._numbers: dict[int, Row] = {}
-        self._submitted = self._begun = 0
-        self._ended: dict[int, str] = {}
-        self._drops_pieces = False
         self.failure: Exception | None = None
         self._closed = False
         self._batches: dict[int, Batch] = {}
         self._solos: list[Solo] = []
+        # Started by the first request: until then the ranks' own threads may exchange things.
         self._thread = threading.Thread(target=self._run, name="parscale engine", daemon=True)
-        self._thread.start()
+
+    @property
+    def follows(self) -> bool:
+        """This is another rank than 0, which computes what rank 0 is asked: see ``follow``."""
+        return self._sharing is not None and not self._sharing.leads
 
     def submit(self, request: Request) -> Answer:
         """As the protocol; the grammar is read here, on the caller's thread."""
@@ -105,17 +108,9 @@ class MlxEngine:
             raise ValueError(f"draft {request.draft}: these are the request's own streams")
         if request.sampling.temperature > 0 and request.sampling.seed is None:
             request = replace(request, sampling=replace(request.sampling, seed=random_seed()))
-        if self._sharing is None:
-            row = self._row(request)
-            self._put(row)
-            return row.answer
-        with self._lock:
-            self._submitted += 1
-            number = self._submitted
-            row = self._numbers.get(number) or self._shared_row(request, number)
-            if self._sharing.leads:
-                self._put(row)
-            return row.answer
+        row = self._row(request)
+        self._put(row)
+        return row.answer
 
     def statistics(self) -> Mapping[str, float]:
         """As the protocol."""
@@ -136,10 +131,13 @@ class MlxEngine:
         with self._lock:
             if self._closed:
                 return
+            # Of ranks, all end after the same step: rank 0 says when.
+            if self._sharing is not None or self._thread.is_alive():
+                self._start()
             self._closed = True
-        # Of ranks, all have to end after the same step: rank 0 says when.
         self._inbox.put(STOP)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def follow(self) -> None:
         """On another rank than 0, compute what rank 0 is asked, until it closes its engine.
@@ -147,10 +145,21 @@ class MlxEngine:
         Raises:
             RuntimeError: the engine failed.
         """
-        self._drops_pieces = True
+        # A terminal sends it to all ranks; rank 0 decides what it means.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._start()
         self._thread.join()
         if self.failure is not None:
-            raise RuntimeError(f"generation failed: {self.failure}") from self.failure
+            raise RuntimeError(self._why_not()) from self.failure
+
+    def __enter__(self) -> "MlxEngine":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # After an error the other ranks may be gone, or hear of it otherwise.
+        if error is None or self._sharing is None:
+            self.close()
 
     def read_prompt_cache(self, file: Path) -> None:
         """Take a KV cache for the default model from a file, for requests to come.
@@ -181,9 +190,15 @@ class MlxEngine:
         return (*several, "ngram", *(["model"] if self.draft_model is not None else []))
 
     def _put(self, item: Any) -> None:
-        if self._closed or self.failure is not None:
-            raise RuntimeError(self._why_not())
-        self._inbox.put(item)
+        with self._lock:
+            if self._closed or self.failure is not None:
+                raise RuntimeError(self._why_not())
+            self._start()
+            self._inbox.put(item)
+
+    def _start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
 
     def _why_not(self) -> str:
         return f"generation failed: {self.failure}" if self.failure else "the engine is closed"
@@ -212,27 +227,29 @@ class MlxEngine:
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
         return sorted(self.end_tokens | set(newline))
 
-    def _row(self, request: Request, on_cancel: Callable[[], object] | None = None) -> Row:
+    def _row(self, request: Request) -> Row:
         matcher = None
         if request.grammar is not None:
-            with self._lock if self._sharing is None else threading.Lock():
+            with self._lock:
                 vocabulary = self._grammar_tokenizer
             matcher = GrammarMatcher(vocabulary, request.grammar, self.vocab_size)
+        asked = request
+        if self._sharing is not None:
+            request = replace(request, deadline=None)
         state = RequestState(request, self.tokenizer, self.end_tokens, self.context_length)
-        return Row(
-            Answer(state, on_cancel),
+        row = Row(
+            Answer(state, None if self._sharing is None else lambda: self._end(row, "cancelled")),
             vocab_size=self.vocab_size,
             streams=request.streams or self.streams[0],
             matcher=matcher,
         )
-
-    def _shared_row(self, request: Request, number: int) -> Row:
-        row = self._row(
-            replace(request, deadline=None), lambda: self._ended.setdefault(number, "cancelled")
-        )
-        row.deadline = request.deadline
-        self._numbers[number] = row
+        row.deadline = asked.deadline
         return row
+
+    @staticmethod
+    def _end(row: Row, why: str) -> None:
+        """Ask that a request to several ranks ends, between the same two steps on all."""
+        row.wish = row.wish or why
 
     def _run(self) -> None:
         try:
@@ -288,37 +305,19 @@ class MlxEngine:
         new: list[Row] = []
         stop = False
         if sharing.leads:
-            now = time.monotonic()
             for item in self._arrived(wait=0 if self._busy else 0.1):
                 stop = stop or item is STOP
-                if isinstance(item, Row):
+                if isinstance(item, Row):  # nothing else comes: prompt caches are no rank's
                     new.append(item)
-            for number, row in self._numbers.items():
-                if row.deadline is not None and now >= row.deadline:
-                    self._ended.setdefault(number, "timeout")
-        ended, self._ended = self._ended, {}
-        requests, ended, stop = sharing.exchange([row.request for row in new], ended, stop)
-        for request in requests:
-            self._begin_shared(request, sharing)
+        requests, ended, stop = sharing.exchange([row.request for row in new], stop)
+        for row in new if sharing.leads else map(self._row, requests):
+            row.answer.is_dropped = not sharing.leads
+            sharing.rows.append(row)
+            self._begin(row)
         for number, why in ended.items():
-            if number in self._numbers:
-                state = self._numbers[number].state
-                state.cancelled, state.timed_out = why == "cancelled", why == "timeout"
-        self._numbers = {n: row for n, row in self._numbers.items() if not row.finished}
+            state = sharing.rows[number].state
+            state.cancelled, state.timed_out = why == "cancelled", why == "timeout"
         return not stop
-
-    def _begin_shared(self, request: Request, sharing: Sharing) -> None:
-        with self._lock:
-            self._begun = number = self._begun + 1
-            row = (
-                self._numbers[number]
-                if number in self._numbers
-                else (self._shared_row(request, number))
-            )
-        row.answer.is_dropped = self._drops_pieces
-        if not sharing.leads and row.request != request:
-            raise ValueError(f"rank {sharing.group.rank()} was asked otherwise than rank 0")
-        self._begin(row)
 
     def _begin(self, item: Any) -> None:
         if not isinstance(item, Row):
@@ -342,9 +341,15 @@ class MlxEngine:
         return mx.new_stream(mx.cpu)
 
     def _end_all(self) -> None:
+        with self._lock:  # what comes after this is refused
+            self._closed = True
         places: list[Batch | Solo] = [*self._batches.values(), *self._solos]
         rows = [row for place in places for row in place.unfinished()]
-        rows += [item for item in self._arrived(wait=0) if isinstance(item, Row)]
+        for item in self._arrived(wait=0):
+            if isinstance(item, Row):
+                rows.append(item)
+            elif item is not STOP:
+                item()
         for row in rows:
             if self.failure is not None:
                 row.fail(RuntimeError(self._why_not()))

@@ -98,6 +98,7 @@ def load(file: Path, model: Model) -> tuple[list, list[int]]:
         raise ValueError(f"{file}: not a prompt cache that parscale saved") from error
     if signature != _signature(model):
         raise ValueError(f"{file}: this prompt cache was made with another model")
+    mx.eval([cache.state for cache in caches])
     return caches, tokens
 
 

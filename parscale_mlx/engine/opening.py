@@ -1,16 +1,17 @@
 """Load models for an engine."""
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from parscale_mlx.engine.engine import MlxEngine
 from parscale_mlx.load import find_adapters, identity, load_draft, open_models
-from parscale_mlx.ranks import check_same
+from parscale_mlx.ranks import broadcast, check_same, join
 
 import mlx.core as mx
 import psutil
-from parscale_core.checkpoint.config import read_config
+from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.packaged import EMBEDDED
 
@@ -24,6 +25,7 @@ def open_engine(
     adapters: Sequence[Path] = (),
     streams: Sequence[int] | Literal["all"] = (),
     default: int | None = None,
+    more_streams: Sequence[int] = (),
     draft_model: str | None = None,
     parallel: str | None = None,
     dequantize: bool | None = None,
@@ -36,7 +38,8 @@ def open_engine(
         adapters: folders; with none, those that came with the model.
         streams: the numbers that requests may choose, the default first; with none, the most that
             there are; "all" for each that there is.
-        default: of all; by default the most.
+        default: of all, or the only one; by default the most.
+        more_streams: that requests may choose besides, as for a draft.
         draft_model: a folder or a name on the hub.
         parallel: as for ``parscale_mlx.load``.
         dequantize: compute with plain weights; by default on the CPU, which is many times faster
@@ -54,8 +57,12 @@ def open_engine(
         wanted: Sequence[int] = (first, *sorted(set(there) - {first}))
     else:
         wanted = tuple(streams) or (default or max(there),)
+        wanted += tuple(n for n in more_streams if n not in wanted)
     if dequantize is None:
-        dequantize = parallel is None and plain_weights_are_better(folder)
+        dequantize = plain_weights_are_better(folder)
+        if parallel is not None:
+            # The ranks have to compute alike, and have not the same memory free.
+            dequantize = broadcast(join(), b"yes" if dequantize else b"no") == b"yes"
     models, tokenizer = open_models(
         folder, adapters, wanted, parallel=parallel, dequantize=dequantize
     )
@@ -74,11 +81,9 @@ def open_engine(
 
 def plain_weights_are_better(folder: Path) -> bool:
     """Whether a model's weights are quantised, MLX computes on the CPU, and plain ones fit."""
-    config = read_config(folder).raw
-    quantized = config.get("quantization") or config.get("quantization_config")
-    if not quantized or mx.default_device() != mx.cpu:
+    config = read_config(folder)
+    is_quantized = config.raw.get("quantization") or config.raw.get("quantization_config")
+    if not is_quantized or mx.default_device() != mx.cpu:
         return False
-    # The scales and biases of the groups are part of the files, and little.
-    bits = quantized.get("bits", 4)
-    plain = sum(file.stat().st_size for file in folder.glob("*.safetensors")) * 32 / bits
+    plain = 4 * sum(map(prod, tensor_shapes(config).values()))
     return plain < MEMORY_SHARE * psutil.virtual_memory().available

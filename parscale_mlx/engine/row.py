@@ -67,8 +67,9 @@ class Row:
         # Tokens that come before those that mlx-lm calls the processor with.
         self.before: mx.array | None = None
         self.told: dict[int, _Told] = {}
-        # Of a request to several ranks, whose own deadline is None: rank 0 watches this one.
+        # Of a request to several ranks, which rank 0 ends for all: its deadline, and why it ends.
         self.deadline: float | None = None
+        self.wish = ""
         self.penalties = _penalties(self.request.sampling)
 
     def processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:

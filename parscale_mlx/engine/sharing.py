@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
+from parscale_mlx.engine.row import Row
 from parscale_mlx.ranks import broadcast
 
 import mlx.core as mx
@@ -23,10 +24,12 @@ class Sharing:
 
     Attributes:
         leads: this is rank 0.
+        rows: the requests in work, in the same order on all ranks.
     """
 
     def __init__(self, group: mx.distributed.Group):
         self.group, self.leads = group, group.rank() == 0
+        self.rows: list[Row] = []
         self.steps = 0
 
     def is_due(self, busy: bool) -> bool:
@@ -39,15 +42,19 @@ class Sharing:
         return self.steps % STEPS == 0
 
     def exchange(
-        self, requests: Iterable[Request], ended: dict[int, str], stop: bool
+        self, requests: Iterable[Request], stop: bool
     ) -> tuple[list[Request], dict[int, str], bool]:
         """What rank 0 gives, on every rank.
 
         Args:
             requests: new ones.
-            ended: numbers of requests that end, and whether "cancelled" or "timeout".
             stop: all ranks stop.
+
+        Returns:
+            The requests, which of ``rows`` end ("cancelled" or "timeout"), and ``stop``.
         """
+        self.rows = [row for row in self.rows if not row.finished]
+        ended = {n: why for n, row in enumerate(self.rows) if (why := _ends(row))}
         told = [[to_json(request) for request in requests], list(ended.items()), stop]
         data = json.dumps(told).encode() if any(told) else b""
         received = broadcast(self.group, data)
@@ -55,6 +62,13 @@ class Sharing:
             return [], {}, False
         texts, pairs, stop = json.loads(received)
         return [from_json(text) for text in texts], dict(pairs), stop
+
+
+def _ends(row: Row) -> str:
+    """Rank 0: why a request must end now, if it must."""
+    if row.wish:
+        return row.wish
+    return "timeout" if row.deadline is not None and time.monotonic() >= row.deadline else ""
 
 
 def to_json(request: Request) -> dict:

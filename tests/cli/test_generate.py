@@ -1,6 +1,7 @@
 """``parscale generate`` as a user runs it: what it prints where, and what it refuses."""
 
 import json
+import re
 import shutil
 
 from parscale_mlx import generate, load
@@ -203,11 +204,14 @@ def test_system_prompt(parscale, model, plain_model):
         (["-p", "a", "--max-kv-size", "3"], "--max-kv-size"),
         (["-p", "a", "--prompts-file", "/nowhere.jsonl"], "--prompts-file"),
         (["-p", "a", "-p", "b", "--show-streams"], "--json"),
-        (["-p", "a", "-p", "b", "--kv-bits", "8"], "--kv-bits"),
+        (["-p", "a", "--max-kv-size", "9", "--kv-bits", "8"], "--kv-bits"),
+        (["-p", "a", "--prompt-cache", "/nowhere/x.safetensors"], "no such folder"),
+        (["-p", "a", "--draft", "fast"], "ngram, or a number of streams"),
+        (["-p", "a", "--temp", "nan"], "--temp"),
+        (["-p", "a", "--presence-penalty", "inf"], "--presence-penalty"),
         (["-p", "a", "-p", "b", "--prompt-cache", "x"], "--prompt-cache"),
         (["-p", "a", "--prompt-cache", "x.cache"], "must end in .safetensors"),
-        (["-p", "a", "-p", "b", "--draft-model", "x"], "--draft-model"),
-        (["-p", "a", "-p", "b", "--max-kv-size", "9"], "--max-kv-size"),
+        (["-p", "a", "--draft-model", "x", "--draft", "ngram"], "--draft"),
         (["-p", "a", "--draft-model", "x", "--max-kv-size", "9"], "--draft-model"),
     ],
 )
@@ -250,3 +254,53 @@ def test_the_end_of_text_ends_the_answer(parscale, model, reference, tmp_path):
         assert answer["finish_reason"] == "stop"
         assert [token["id"] for token in answer["tokens"]] == tokens[: first + 1]
         assert text.startswith(answer["text"])
+
+
+def test_several_prompts_with_the_options_of_one(parscale, model, plain_model, reference):
+    run = ("generate", "--model", model, "-p", "Hi", "-p", "Hello", "-n", 9, "--json")
+    for option in (("--max-kv-size", 500), ("--draft-model", plain_model), ("--draft", "ngram")):
+        result = parscale(*run, *option)
+        answers = [json.loads(line)["tokens"] for line in result.stdout.splitlines()]
+        for prompt, tokens in zip(("Hi", "Hello"), answers, strict=True):
+            assert [token["id"] for token in tokens] == reference(prompt, 9)[0]
+
+
+def test_drafts_by_fewer_streams(parscale, backbone, adapter, reference):
+    run = ("generate", "--model", backbone, "--adapter", adapter, "-p", "Hi", "-n", 9, "--json")
+    assert tokens_of(parscale(*run, "--draft", 1)) == reference("Hi", 9)[0]
+    assert "only 1, 4" in error_line(parscale(*run, "--draft", 2))
+    assert "draft 4" in error_line(parscale(*run, "--draft", 4))
+
+
+def test_answers_that_follow_a_form(parscale, model, tmp_path):
+    schema, regex, lark = (tmp_path / name for name in ("schema.json", "regex", "grammar"))
+    schema.write_text('{"enum": ["yes", "no", 12]}')
+    regex.write_text("(ab|cd){3}\n")
+    lark.write_text('start: "x" NUMBER\nNUMBER: /[0-9]{4}/\n')
+    run = ("generate", "--model", model, "-p", "Hi", "-p", "Hello", "--json")
+    for option, form in (
+        (("--json-schema", schema), r'"yes"|"no"|12'),
+        (("--grammar", regex), "(ab|cd){3}"),
+        (("--grammar", lark), "x[0-9]{4}"),
+    ):
+        result = parscale(*run, *option)
+        assert result.exit_code == 0, result.output
+        for line in result.stdout.splitlines():
+            answer = json.loads(line)
+            assert re.fullmatch(form, answer["text"]) and answer["finish_reason"] == "stop"
+            assert "".join(token["text"] for token in answer["tokens"]) == answer["text"]
+    schema.write_text("{")
+    assert "schema.json: JSON schema: not JSON" in error_line(
+        parscale(*run, "--json-schema", schema)
+    )
+    both = parscale(*run, "--json-schema", schema, "--grammar", lark)
+    assert both.exit_code == 2 and "--json-schema cannot go with --grammar" in error_line(both)
+
+
+def test_a_hint_at_the_faster_runtime(parscale, model, monkeypatch):
+    run = ("generate", "--model", model, "-p", "Hi", "-n", 2)
+    assert parscale(*run).stderr.count("--runtime onnx") == (mx.default_device() == mx.cpu)
+    for more in (("--quiet",), ("--runtime", "mlx")):
+        assert "--runtime onnx" not in parscale(*run, *more).stderr
+    monkeypatch.setenv("PARSCALE_HINTS", "off")
+    assert "--runtime onnx" not in parscale(*run).stderr

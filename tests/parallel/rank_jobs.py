@@ -211,4 +211,5 @@ def run_command_with_input(text: str, arguments: list[list[str]]) -> None:
     if os.environ["MLX_RANK"] == "0":
         os.write(theirs, text.encode())
     os.dup2(mine, 0)
+    sys.stdin = os.fdopen(0)
     run_command_of_rank(arguments)

@@ -60,7 +60,7 @@ def without_numbers(output: str) -> list[dict]:
     for answer in answers:
         del answer["stats"]
         for token in answer["tokens"]:
-            token["streams"] = [round(weight, 3) for weight in token.get("streams") or []]
+            token |= {k: round(v, 3) for k, v in token.items() if k.startswith("stream_")}
     return answers
 
 

