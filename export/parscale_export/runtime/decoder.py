@@ -23,13 +23,11 @@ class Row(Protocol):
 
     Attributes:
         tokens: prompt and answer so far.
-        prompt_length: tokens of the prompt.
         cached_tokens: set by the decoder: tokens of the prompt that were not computed.
         finished: whether it needs no more steps; may become true at any time.
     """
 
     tokens: list[int]
-    prompt_length: int
     cached_tokens: int
 
     @property
@@ -37,6 +35,9 @@ class Row(Protocol):
 
     def take(self, logits: np.ndarray, weights: np.ndarray | None) -> None:
         """Choose the next token from logits [vocab], given the streams' weights [P] if any."""
+
+    def fail(self, error: Exception) -> None:
+        """There is no next token, for this reason."""
 
 
 class Decoder:
@@ -59,25 +60,35 @@ class Decoder:
     def idle(self) -> bool:
         return not (self.waiting or self.running or self._filling)
 
-    def turn(self) -> None:
-        """Compute a bounded part of a prompt, if any, and a token of every running row."""
+    @property
+    def at_work(self) -> int:
+        """Rows whose prompts are computed, wholly or in part."""
+        return len(self.running) + (self._filling is not None)
+
+    def rows(self) -> list[Row]:
+        """All that have not been let go."""
+        filling = [] if self._filling is None else [self._filling[0]]
+        return [*self.running, *filling, *self.waiting]
+
+    def turn(self, *, alone: bool = True) -> None:
+        """Compute a bounded part of a prompt, if any, and a token of every running row.
+
+        Args:
+            alone: nobody else waits for this to end.
+        """
         self._let_go()
         if self._filling is not None or (self.waiting and len(self.running) < self.most):
-            self._prefill()
+            self._prefill(bounded=not alone or bool(self.running))
         if self.running:
             self._decode()
 
-    def clear(self) -> list[Row]:
-        """Drop all rows, and return them."""
-        rows = [*self.waiting, *self.running]
-        if self._filling is not None:
-            rows.append(self._filling[0])
+    def clear(self) -> None:
+        """Let all rows go."""
         self.waiting.clear()
         self._filling = None
         while self.running:
             self.running.pop()
             self.slots.remove(len(self.running))
-        return rows
 
     def _let_go(self) -> None:
         """Free the places of rows that have finished."""
@@ -95,7 +106,7 @@ class Decoder:
                 if n < len(self.running):
                     self.running[n] = last
 
-    def _prefill(self) -> None:
+    def _prefill(self, *, bounded: bool) -> None:
         if self._filling is None:
             row = self.waiting.popleft()
             found = self._find(row)
@@ -106,7 +117,7 @@ class Decoder:
             else:
                 self._compute_together(row)
         if self._filling is not None:
-            self._fill(*self._filling)
+            self._fill(*self._filling, bounded=bounded)
 
     def _find(self, row: Row) -> tuple[Stored, int] | None:
         running = [row.tokens for row in self.running]
@@ -120,16 +131,11 @@ class Decoder:
         else:
             self._enter(row, stored.copy(tokens, tokens))
 
-    def _fill(self, row: Row, growing: Growing) -> None:
-        """Compute the next part of a prompt."""
+    def _fill(self, row: Row, growing: Growing, *, bounded: bool) -> None:
+        """Compute the next part of a prompt; all of it where the operators take no parts."""
         size = len(row.tokens)
         if self.model.takes_chunks:
-            # Running answers wait meanwhile.
-            size = (
-                min(self.model.prefill_chunk, TOGETHER)
-                if self.running
-                else (self.model.prefill_chunk)
-            )
+            size = min(self.model.prefill_chunk, TOGETHER if bounded else size)
         part = row.tokens[growing.length : growing.length + size]
         results = growing.extend(part)
         if growing.length == len(row.tokens):
@@ -169,4 +175,10 @@ class Decoder:
                 self._take(row, results, n)
 
     def _take(self, row: Row, results: Sequence[np.ndarray], n: int) -> None:
-        row.take(results[0][n, -1], results[1][n, -1] if len(results) > 1 else None)
+        logits = results[0][n, -1]
+        try:
+            self.model.check_numbers(logits)
+        except ArithmeticError as error:
+            row.fail(error)
+            return
+        row.take(logits, results[1][n, -1] if len(results) > 1 else None)

@@ -213,7 +213,7 @@ class OnnxModel:
         self._check(prompts, max(map(len, prompts)) + max_tokens - 1)
         stops, came = frozenset(stop_tokens or ()), list[Token]()
         rows = [
-            _Row(self, n, prompt, how, None if seed is None else seed + n, stops, came)
+            _Row(n, prompt, how, None if seed is None else seed + n, stops, came)
             for n, prompt in enumerate(prompts)
         ]
         decoder = Decoder(self, len(rows))
@@ -287,7 +287,6 @@ class _Row:
 
     def __init__(
         self,
-        model: OnnxModel,
         number: int,
         prompt: Sequence[int],
         sampling: Sampling,
@@ -295,15 +294,16 @@ class _Row:
         stops: frozenset[int],
         came: list[Token],
     ):
-        self.model, self.number, self.sampling, self.stops = model, number, sampling, stops
-        self.tokens, self.prompt_length = list(prompt), len(prompt)
+        self.number, self.sampling, self.stops = number, sampling, stops
+        self.tokens, self.end = list(prompt), len(prompt) + sampling.max_tokens
         self.cached_tokens, self.finished = 0, False
         self.random, self.came = generator(seed), came
 
     def take(self, logits: np.ndarray, weights: np.ndarray | None) -> None:
-        self.model.check_numbers(logits)
         token = choose(logits, self.tokens, self.sampling, self.random)
         self.tokens.append(token)
         self.came.append(Token(self.number, token, weights))
-        count = len(self.tokens) - self.prompt_length
-        self.finished = token in self.stops or count == self.sampling.max_tokens
+        self.finished = token in self.stops or len(self.tokens) == self.end
+
+    def fail(self, error: Exception) -> None:
+        raise error

@@ -28,10 +28,13 @@ class KeptPrefixes:
         # From the least to the most recently used; a stored sequence has a block of its own.
         self.entries: list[tuple[np.ndarray, Stored]] = []
 
+    def __len__(self) -> int:
+        return len(self.entries)
+
     @property
     def size(self) -> int:
         """Bytes in use."""
-        return sum(stored.block.size for _, stored in self.entries)
+        return sum(stored.block.size for _, stored in [*self.entries])
 
     def keep(self, tokens: Sequence[int], stored: Stored) -> None:
         """Keep a copy of a sequence's entries; ``tokens`` are those that are in the cache."""

@@ -19,6 +19,7 @@ def choose(
     sampling: Sampling,
     random: np.random.Generator,
     allowed: np.ndarray | None = None,
+    spared: Sequence[int] = (),
 ) -> int:
     """The next token of one sequence.
 
@@ -26,13 +27,14 @@ def choose(
         logits: float32 [vocab]; left as they are.
         tokens: the sequence so far, prompt and answer.
         allowed: bool [vocab], which tokens a grammar lets come next; None for all.
+        spared: tokens that XTC never leaves out.
     """
     logits = _adjust(logits, tokens, sampling)
     if allowed is not None:
         logits = np.where(allowed, logits, -np.inf)
     if sampling.temperature == 0:
         return int(logits.argmax())
-    ids, logits = _candidates(logits, sampling, random)
+    ids, logits = _candidates(logits, sampling, random, spared)
     weights = np.exp((logits.astype(np.float64) - logits.max()) / sampling.temperature)
     sums = np.cumsum(weights)
     place = np.searchsorted(sums, random.random() * sums[-1], side="right")
@@ -66,7 +68,7 @@ def _adjust(logits: np.ndarray, tokens: Sequence[int], sampling: Sampling) -> np
 
 
 def _candidates(
-    logits: np.ndarray, sampling: Sampling, random: np.random.Generator
+    logits: np.ndarray, sampling: Sampling, random: np.random.Generator, spared: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ids that may be chosen, and their logits."""
     ids = np.arange(len(logits))
@@ -79,7 +81,7 @@ def _candidates(
         above = weights[weights > sampling.xtc_threshold]
         # All that are above the threshold go, but for the least likely of them.
         if len(above):
-            ids = ids[weights <= above.min()]
+            ids = ids[(weights <= above.min()) | np.isin(ids, spared)]
     if 0 < sampling.top_k < len(ids):
         ids = ids[np.argpartition(-logits[ids], sampling.top_k - 1)[: sampling.top_k]]
     return ids, logits[ids]

@@ -1,0 +1,195 @@
+"""The engine protocol on onnxruntime: one thread that moves all requests on in turns."""
+
+import queue
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import psutil
+from parscale_core.engine import Answer, Request, RequestState, check
+from parscale_core.engine.grammar import GrammarMatcher, grammar_tokenizer
+
+from parscale_export.runtime.decoder import Decoder
+from parscale_export.runtime.model import OnnxModel
+from parscale_export.runtime.row import RequestRow
+
+STOP = object()
+
+
+class OnnxEngine:
+    """Answers requests with exports of one backbone; see ``parscale_core.engine.Engine``.
+
+    Args:
+        model: the export of the default P.
+        tokenizer: a transformers tokenizer.
+        end_tokens: ids that end a text.
+        others: what opens the exports of other P, when they are first asked for.
+        gives_stream_weights: whether all of them tell the streams' weights.
+        slots: answers of one P that are decoded together at most; more requests wait.
+        kept_bytes: memory for KV caches of earlier requests, for each P.
+    """
+
+    def __init__(
+        self,
+        model: OnnxModel,
+        tokenizer: Any,
+        end_tokens: Collection[int],
+        *,
+        others: Mapping[int, Callable[[], OnnxModel]] | None = None,
+        gives_stream_weights: bool | None = None,
+        slots: int = 16,
+        kept_bytes: int = 1 << 30,
+    ):
+        if slots < 1:
+            raise ValueError(f"slots {slots}: must be at least 1")
+        self.model, self.tokenizer, self.end_tokens = model, tokenizer, frozenset(end_tokens)
+        self.vocab_size, self.context_length = model.vocab_size, model.context_length
+        self.others = dict(others or {})
+        self.streams: Sequence[int] = (model.streams, *self.others)
+        if gives_stream_weights is None:
+            gives_stream_weights = model.aggregation_weights or model.streams == 1
+        self.gives_stream_weights = gives_stream_weights
+        # A draft's tokens are judged by the logits of several tokens, in rows of their own.
+        self.drafts: Sequence[int | str] = ()
+        self.name = f"onnxruntime {model.provider}"
+        self.failure: Exception | None = None
+        self._slots, self._kept_bytes = slots, kept_bytes
+        self._decoders = {model.streams: Decoder(model, slots, kept_bytes)}
+        # Requests for exports that are still being opened.
+        self._held: dict[int, list[RequestRow]] = {}
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="parscale engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> Answer:
+        """As the protocol; the grammar is read here, on the caller's thread."""
+        check(request, self)
+        matcher = None
+        if request.grammar is not None:
+            with self._lock:
+                vocabulary = self._grammar_tokenizer
+            matcher = GrammarMatcher(vocabulary, request.grammar, self.vocab_size)
+        state = RequestState(request, self.tokenizer, self.end_tokens, self.context_length)
+        streams = request.streams or self.streams[0]
+        row = RequestRow(Answer(state), streams, matcher, self._spared)
+        with self._lock:
+            if self._closed or self.failure is not None:
+                why = f"generation failed: {self.failure}" if self.failure else "it is closed"
+                raise RuntimeError(f"the engine takes no requests: {why}")
+            self._inbox.put(row)
+        return row.answer
+
+    def statistics(self) -> Mapping[str, float]:
+        """As the protocol."""
+        decoders = [*self._decoders.values()]
+        waiting = sum(len(d.waiting) for d in decoders) + sum(map(len, [*self._held.values()]))
+        memory = psutil.Process().memory_info()
+        return {
+            "waiting": waiting + self._inbox.qsize(),
+            "running": sum(decoder.at_work for decoder in decoders),
+            "kept_caches": sum(len(decoder.kept) for decoder in decoders),
+            "kept_bytes": sum(decoder.kept.size for decoder in decoders),
+            "active_bytes": memory.rss,
+        }
+
+    def close(self) -> None:
+        """As the protocol."""
+        with self._lock:
+            self._closed = True
+        self._inbox.put(STOP)
+        self._thread.join()
+
+    @cached_property
+    def _grammar_tokenizer(self):
+        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.end_tokens)
+
+    @cached_property
+    def _spared(self) -> list[int]:
+        newline = self.tokenizer.encode("\n", add_special_tokens=False)
+        return sorted(self.end_tokens | set(newline))
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            self.failure = error
+        finally:
+            self._end_all()
+
+    def _turn(self) -> bool:
+        """Take what came, and do a little work for all requests; False at the end."""
+        for item in self._arrived():
+            if item is STOP:
+                return False
+            self._begin(item)
+        for row in self._rows():
+            row.interrupt()
+        for streams, rows in self._held.items():
+            self._held[streams] = [row for row in rows if not row.finished]
+        busy = [decoder for decoder in self._decoders.values() if not decoder.idle]
+        for decoder in busy:
+            decoder.turn(alone=len(busy) == 1)
+        return True
+
+    def _arrived(self) -> list[Any]:
+        """What is in the inbox; without other work, what comes next."""
+        items: list[Any] = []
+        idle = all(decoder.idle for decoder in self._decoders.values())
+        while True:
+            try:
+                # Requests that wait for an export to open look at the time now and then.
+                pause = 0.1 if any(self._held.values()) else None
+                items.append(self._inbox.get(block=idle and not items, timeout=pause))
+            except queue.Empty:
+                return items
+
+    def _begin(self, item: RequestRow | tuple[int, OnnxModel | Exception]) -> None:
+        if isinstance(item, RequestRow):
+            decoder = self._decoders.get(item.streams)
+            if decoder is not None:
+                decoder.waiting.append(item)
+                return
+            if item.streams not in self._held:
+                self._held[item.streams] = []
+                threading.Thread(target=self._open, args=(item.streams,), daemon=True).start()
+            self._held[item.streams].append(item)
+            return
+        streams, model = item
+        rows = self._held.pop(streams)
+        if isinstance(model, Exception):
+            for row in rows:
+                row.fail(RuntimeError(f"streams {streams}: {model}"))
+            return
+        self._decoders[streams] = Decoder(model, self._slots, self._kept_bytes)
+        self._decoders[streams].waiting.extend(rows)
+
+    def _open(self, streams: int) -> None:
+        try:
+            self._inbox.put((streams, self.others[streams]()))
+        except Exception as error:
+            self._inbox.put((streams, error))
+
+    def _rows(self) -> list[RequestRow]:
+        """Requests that are not answered yet."""
+        at_work: list[Any] = [row for d in self._decoders.values() for row in d.rows()]
+        return at_work + [row for rows in self._held.values() for row in rows]
+
+    def _end_all(self) -> None:
+        with self._lock:  # what is put into the inbox after this is refused
+            self._closed = True
+        rows = self._rows()
+        while not self._inbox.empty():
+            item = self._inbox.get()
+            if isinstance(item, RequestRow):
+                rows.append(item)
+        for row in rows:
+            if self.failure is not None and not row.finished:
+                row.fail(RuntimeError(f"generation failed: {self.failure}"))
+            row.state.cancelled = True
+            row.interrupt()
+        self._decoders.clear()
+        self._held.clear()

@@ -1,0 +1,74 @@
+"""A request in work: what becomes of a step's results, and the pieces of its answer."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from parscale_core.engine import Answer, Logprob
+from parscale_core.engine.grammar import GrammarMatcher
+from parscale_core.engine.logprobs import told
+
+from parscale_export.runtime.sampling import choose, generator
+
+
+class RequestRow:
+    """One request's tokens, as ``Decoder`` moves them on.
+
+    Args:
+        answer: where the pieces go.
+        streams: P.
+        matcher: what the answer must follow.
+        spared: tokens that XTC never leaves out.
+    """
+
+    def __init__(
+        self, answer: Answer, streams: int, matcher: GrammarMatcher | None, spared: Sequence[int]
+    ):
+        self.answer, self.state, self.streams = answer, answer.state, streams
+        self.request = self.state.request
+        self.matcher, self.spared = matcher, spared
+        self.tokens = list(self.request.prompt)
+        self.random = generator(self.request.sampling.seed)
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.state.cached_tokens
+
+    @cached_tokens.setter
+    def cached_tokens(self, count: int) -> None:
+        self.state.cached_tokens = count
+
+    @property
+    def finished(self) -> bool:
+        return self.state.finish_reason is not None
+
+    def interrupt(self) -> None:
+        """End the answer if it is cancelled or its time is over."""
+        if not self.finished and (piece := self.state.interrupt()) is not None:
+            self.answer.put(piece)
+
+    def fail(self, error: Exception) -> None:
+        self.state.finish_reason = "cancelled"
+        self.answer.fail(error)
+
+    def take(self, logits: np.ndarray, weights: np.ndarray | None) -> None:
+        request, allowed = self.request, None
+        if self.matcher is not None:
+            try:
+                allowed = self.matcher.allowed(self.state.tokens)
+            except ValueError as error:
+                self.fail(error)
+                return
+        token = choose(
+            logits, self.tokens, request.sampling, self.random, allowed=allowed, spared=self.spared
+        )
+        logprob: float | None = None
+        top: tuple[Logprob, ...] = ()
+        if request.logprobs is not None:
+            logprob, top = told(logits, token, request.logprobs)
+        streams = None
+        if request.stream_weights:
+            streams = (1.0,) if weights is None else tuple(weights.tolist())
+        self.tokens.append(token)
+        self.answer.put(
+            self.state.push(token, logprob=logprob, top_logprobs=top, stream_weights=streams)
+        )
