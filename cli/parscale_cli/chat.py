@@ -13,7 +13,7 @@ from parscale_cli import show
 from parscale_cli.adapters import adapter_options
 from parscale_cli.parallel import parallel_option
 from parscale_cli.prompts import encode
-from parscale_cli.runtime import follows, open_engine, runtime_options
+from parscale_cli.runtime import NO_STREAMS, follows, open_engine, runtime_options
 from parscale_cli.sampling import sampling_options, take_sampling
 
 HELP = """\
@@ -56,7 +56,8 @@ def chat(ctx, model, runtime, system, show_streams, stop, **options):
         request = Request([0], sampling=sampling, stop=stop)
         if follows(engine, "sampling", asdict(request)):
             return
-        show_streams = show_streams and _gives_streams(engine)
+        if show_streams and not engine.gives_stream_weights:
+            raise ValueError(NO_STREAMS)
         click.echo("Type a message; /help for what else, /quit to leave.", err=True)
         _converse(engine, request, system, show_streams)
 
@@ -90,18 +91,12 @@ def _opening(system: str | None) -> list[dict[str, str]]:
     return [] if system is None else [{"role": "system", "content": system}]
 
 
-def _gives_streams(engine) -> bool:
-    if not engine.gives_stream_weights:
-        raise ValueError("--show-streams: this model was exported without --aggregation-weights")
-    return True
-
-
 def _toggle_streams(engine, shown: bool) -> bool:
     if shown:
         click.echo("streams hidden", err=True)
         return False
     if not engine.gives_stream_weights:
-        click.echo("this model was exported without --aggregation-weights", err=True)
+        click.echo(NO_STREAMS, err=True)
         return False
     click.echo(f"streams shown\n{show.legend(engine.streams[0])}", err=True)
     return True

@@ -5,6 +5,7 @@ import platform
 import sys
 
 import click
+from parscale_core.cache_folder import cache_folder, clear, entries
 
 PACKAGES = (
     "parscale", "mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "mlx-lm", "numpy",
@@ -15,8 +16,14 @@ REFERENCE_BLAS_GFLOPS = 20
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def doctor(as_json):
+@click.option(
+    "--clear-cache", is_flag=True, help="Delete the models and exports that are kept, and no more."
+)
+def doctor(as_json, clear_cache):
     """Print versions, devices, the BLAS that answers and its speed, memory, and what to install."""
+    if clear_cache:
+        click.echo(f"{cache_folder()}: {clear() / 1e9:.3f} GB deleted")
+        return
     report = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -24,6 +31,7 @@ def doctor(as_json):
         **_mlx(),
         **_onnxruntime(),
         "memory": _memory(),
+        "cache": {str(folder): size for folder, size in entries()},
     }
     report["advice"] = _advice(report)
     if as_json:
@@ -42,6 +50,9 @@ def doctor(as_json):
         f"memory: {report['memory']['available'] / 1e9:.1f} GB free "
         f"of {report['memory']['total'] / 1e9:.1f} GB"
     )
+    click.echo(f"kept in {cache_folder()}: {len(report['cache'])} models and exports")
+    for folder, size in report["cache"].items():
+        click.echo(f"  {size / 1e9:.3f} GB  {folder}")
     for line in report["advice"] or ["nothing to install"]:
         click.echo(f"advice: {line}")
 

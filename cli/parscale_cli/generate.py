@@ -12,7 +12,7 @@ from parscale_cli import show
 from parscale_cli.adapters import adapter_options
 from parscale_cli.parallel import parallel_option
 from parscale_cli.prompts import encode, read_prompts
-from parscale_cli.runtime import follows, open_engine, runtime_options
+from parscale_cli.runtime import NO_STREAMS, follows, open_engine, runtime_options
 from parscale_cli.sampling import sampling_options, take_sampling
 
 
@@ -135,6 +135,8 @@ def generate(
     with open_engine(ctx, model, runtime, options, hints=not quiet) as engine:
         if verbose:
             click.echo("\n".join([engine.name, *getattr(engine, "notes", [])]), err=True)
+        if show_streams and not engine.gives_stream_weights:
+            raise ValueError(NO_STREAMS)
         requests = [
             Request(
                 encode(engine.tokenizer, prompt, system=system, use_template=use_template),

@@ -13,7 +13,7 @@ from parscale_core.finite import not_finite
 
 from parscale_cli.adapters import many_streams_options
 from parscale_cli.parallel import parallel_option
-from parscale_cli.runtime import is_export
+from parscale_cli.runtime import choose_runtime, find_export
 
 if TYPE_CHECKING:
     from parscale_cli.evaluation.perplexity import Report
@@ -121,14 +121,12 @@ def perplexity(
 
 
 def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int, Scorer]]:
-    engine = runtime or ("onnx" if model is not None and is_export(Path(model)) else "mlx")
-    if engine == "onnx":
-        if model is None or adapters or parallel:
-            raise click.UsageError(
-                "--runtime onnx takes --model DIR, an export, and no --adapter nor --parallel"
-            )
-        yield from _onnx_scorers(model, streams)
+    if choose_runtime(model, runtime) == "onnx":
+        if parallel:
+            raise click.UsageError("--parallel is an option of --runtime mlx")
+        yield from _onnx_scorers(model, adapters, streams)
         return
+    from parscale_mlx.engine.opening import plain_weights_are_better
     from parscale_mlx.evaluation.losses import token_losses
     from parscale_mlx.load import open_models
 
@@ -136,17 +134,24 @@ def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int,
     from parscale_core.checkpoint.packaged import EMBEDDED
 
     folder = find_folder(model or EMBEDDED)
-    models, tokenizer = open_models(folder, adapters, streams or (), parallel=parallel)
+    models, tokenizer = open_models(
+        folder,
+        adapters,
+        streams or (),
+        parallel=parallel,
+        dequantize=parallel is None and plain_weights_are_better(folder),
+    )
     for count, loaded in models.items():
         context = loaded.args.max_position_embeddings
         group = loaded.parallel.group if loaded.parallel is not None else None
         yield count, Scorer(tokenizer, context, partial(token_losses, loaded), group)
 
 
-def _onnx_scorers(model: str, streams) -> Iterator[tuple[int, Scorer]]:
+def _onnx_scorers(model: str | None, adapters, streams) -> Iterator[tuple[int, Scorer]]:
     import numpy as np
-
-    from parscale_cli.run_onnx import OnnxRuntime
+    from parscale_export import OnnxModel
+    from parscale_export.runtime.opening import load_tokenizer
+    from parscale_export.runtime.session import find_graphs
 
     def losses(opened, texts: list[list[int]]) -> list[list[float]]:
         rows = []
@@ -157,11 +162,11 @@ def _onnx_scorers(model: str, streams) -> Iterator[tuple[int, Scorer]]:
             rows.append((np.log(np.exp(logits).sum(axis=-1)) - chosen).tolist())
         return rows
 
-    for count in streams or (None,):
-        runtime = OnnxRuntime(model, streams=count)
-        opened = runtime.model
-        scorer = Scorer(runtime.tokenizer, opened.context_length, partial(losses, opened))
-        yield opened.streams, scorer
+    path = find_export(model, adapters, all_logits=True)
+    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    for count in streams or find_graphs(path):
+        opened = OnnxModel(path, streams=count)
+        yield count, Scorer(tokenizer, opened.context_length, partial(losses, opened))
 
 
 def _window_losses(scorer: Scorer, parts: list, batch_size: int, name: str) -> Iterator[float]:

@@ -10,6 +10,7 @@ import click
 from click.core import ParameterSource
 
 HINTS = "PARSCALE_HINTS"
+NO_STREAMS = "this model was exported without --aggregation-weights: it does not tell them"
 ONNX_ONLY, SHARED = ("provider", "device_id", "threads", "cuda_graph"), ("streams", "adapters")
 OPTIONS = (
     click.option("--runtime", type=click.Choice(["mlx", "onnx"]),

@@ -156,6 +156,7 @@ def test_mlx_is_not_imported(export):
     [
         ("--kv-bits", 8), ("--kv-group-size", 64), ("--max-kv-size", 9), ("--draft-model", "x"),
         ("--prompt-cache", "x.safetensors"), ("--quantized-kv-start", 1), ("--adapter", "/"),
+        ("--draft", "ngram"),
     ],
 )  # fmt: skip
 def test_options_of_mlx_alone(parscale, export, option):
@@ -213,12 +214,8 @@ def test_a_driver_without_the_libraries_of_cuda(plain_model, tmp_path):
     assert "provider 'cuda' was asked for, but libcublasLt.so.13, " in line
 
 
-def test_refusals(parscale, model, export, plain_export, tmp_path):
+def test_refusals(parscale, model, export, tmp_path):
     run = ("generate", "-p", "Hi", "--runtime", "onnx")
-    missing = parscale(*run)
-    assert missing.exit_code == 2
-    assert "--runtime onnx needs --model" in error_line(missing)
-    assert "no model.onnx in this folder" in error_line(parscale(*run, "--model", model))
     assert "tpu" in error_line(parscale(*run, "--model", export, "--provider", "tpu"))
     if not (CUDA in ort.get_available_providers() and count_devices()):
         for option in (("--provider", "cuda"), ("--cuda-graph",)):
@@ -226,8 +223,11 @@ def test_refusals(parscale, model, export, plain_export, tmp_path):
     assert "no graph of P=3, only of P=4" in error_line(
         parscale(*run, "--model", export, "--streams", 3)
     )
-    streams = error_line(parscale(*run, "--model", plain_export, "--show-streams"))
+    silent = export_onnx(model, tmp_path / "silent")
+    streams = error_line(parscale(*run, "--model", silent, "--show-streams"))
     assert "without --aggregation-weights" in streams
+    chat = parscale("chat", "--model", silent, "-n", 1, input="/streams\n/quit\n")
+    assert "without --aggregation-weights" in chat.stderr
     chat = parscale("chat", "--model", export, "-n", 1, input="/streams\n/quit\n")
     assert "streams shown" in chat.stderr
     bare = tmp_path / "bare"
@@ -238,3 +238,26 @@ def test_refusals(parscale, model, export, plain_export, tmp_path):
     assert "the tokenizer cannot be read" in error_line(parscale(*run, "--model", bare))
     (bare / "tokenizer.json").unlink()
     assert "no tokenizer.json in this folder" in error_line(parscale(*run, "--model", bare))
+
+
+def test_any_model_is_exported_once(parscale, model, backbone, adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("PARSCALE_CACHE", str(tmp_path))
+    run = ("generate", "-p", "Hi", "-n", 9, "--json", "--show-streams", "--model")
+    expected = answers_of(parscale(*run, model))
+    for _ in range(2):
+        ours = answers_of(parscale(*run, model, "--runtime", "onnx"))
+        for token, other in zip(ours[0]["tokens"], expected[0]["tokens"], strict=True):
+            assert token == pytest.approx(other, abs=1e-4)
+        (export,) = (tmp_path / "exports").iterdir()
+    streams = (*run, backbone, "--adapter", adapter, "--runtime", "onnx")
+    assert answers_of(parscale(*streams))[0]["text"] == expected[0]["text"]
+    assert answers_of(parscale(*streams, "--streams", 1))[0]["text"] != expected[0]["text"]
+    assert len(list((tmp_path / "exports").iterdir())) == 2
+    # Other contents are another export, wherever they are.
+    other = shutil.copytree(model, tmp_path / "other")
+    set_eos(other, 5)
+    parscale(*run, other, "--runtime", "onnx")
+    shown = parscale("doctor")
+    assert str(export) in shown.stdout
+    cleared = parscale("doctor", "--clear-cache")
+    assert cleared.exit_code == 0 and not (tmp_path / "exports").exists()
