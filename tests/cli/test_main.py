@@ -43,7 +43,7 @@ def test_an_unexpected_failure_is_one_line(parscale, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("something\nbroke")
 
-    monkeypatch.setattr("parscale_cli.run_mlx.load", fail)
+    monkeypatch.setattr("parscale_mlx.engine.opening.open_models", fail)
     assert error_line(parscale("generate", "-p", "a")) == "Error: something broke"
 
 
