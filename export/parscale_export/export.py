@@ -22,6 +22,7 @@ from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import targets
 from parscale_export.fused import MAX_CUDA_HEADS, context_length
 from parscale_export.graph import Options, build, folded_heads
+from parscale_export.runtime.session import step_file
 from parscale_export.weights import BITS, FLOATS
 
 PRECISIONS = (*FLOATS, *BITS)
@@ -121,7 +122,8 @@ def export_onnx(
         graph, data = targets.file_names(target, options)
         folder = work / "export"
         (folder / graph).parent.mkdir(parents=True)
-        _write_models(checkpoints, options, folder / graph, data, progress)
+        steps = target == "cuda" and options.ops == "fused"
+        _write_models(checkpoints, options, folder / graph, data, progress, steps=steps)
         targets.write_side_files(checkpoint.folder, folder, checkpoint.config, options, target)
         place(folder, output, work / "replaced", force=force)
     return output
@@ -241,8 +243,14 @@ def _write_models(
     path: Path,
     data: str,
     progress: Callable[[int, int], None] | None,
+    *,
+    steps: bool,
 ) -> None:
-    """Write a graph for each checkpoint; the first one's data serve the others too."""
+    """Write a graph for each checkpoint; the first one's data serve the others too.
+
+    Args:
+        steps: write, for each, a graph of single steps over the same data besides.
+    """
     models = [build(checkpoint, options) for checkpoint in checkpoints]
     base, done, hashes = models[0], 0, dict[str, str]()
     total = sum(len(_own_weights(model, base)) for model in models)
@@ -273,6 +281,13 @@ def _write_models(
         ir.save(model, file)
         # By path: the checker then leaves the weights where they are.
         onnx.checker.check_model(str(file), full_check=True)
+        if steps:
+            step = build(checkpoint, replace(options, step=True))
+            _share_weights(step, model)
+            step.metadata_props.update(model.metadata_props)
+            file = step_file(file)
+            ir.save(step, file)
+            onnx.checker.check_model(str(file), full_check=True)
 
 
 def _own_weights(model: ir.Model, base: ir.Model) -> list[ir.Value]:

@@ -36,31 +36,38 @@ class FusedOperators:
         self.b, config = b, b.config
         self.prefix_length = config.prefix_length
         self.heads, self.kv_heads, self.rows = folded_heads(config, b.options.kv_layout)
-        length, total = b.dimension(token_ids, 1), b.dimension(mask, 1)
-        n = b.constant([self.prefix_length])
-        first = b.cast(b("Equal", length, total), ir.DataType.INT64)
-        self.new_prefix = b("Mul", first, n)
+        total, n = b.dimension(mask, 1), b.constant([self.prefix_length])
         self.total = b.cast(b("Squeeze", b("Add", total, n)), ir.DataType.INT32)
-        # On a GPU, sizes are in the host's memory and what is computed from the mask is not. A
-        # tensor that crosses would cost a copy in every step and forbid CUDA graphs, so what both
-        # need is made once more on the device.
-        self.is_first, self.length = self._on_device(first), self._on_device(length)
         self.tokens = b("ReduceSum", mask, b.constant([1]), keepdims=0)
         lengths = b.cast(b("Add", self.tokens, b.constant([self.prefix_length - 1])),
                          ir.DataType.INT32)  # fmt: skip
         self.lengths = b("Tile", lengths, b.constant([self.rows])) if self.rows > 1 else lengths
+        self.cos, self.sin = self._rotary_tables()
+        self.puts_prefix = self.prefix_length > 0 and not b.options.step
+        self.token_ids = token_ids if b.options.step else self._roll(token_ids, mask)
+        if self.puts_prefix:
+            first = b.cast(b("Equal", b.dimension(token_ids, 1), total), ir.DataType.INT64)
+            self.new_prefix = b("Mul", first, n)
+            self.prefix_rows = self._prefix_rows(b.dimension(token_ids, 0))
+
+    def _roll(self, token_ids: ir.Value, mask: ir.Value) -> ir.Value:
+        """The token ids, in a first call with each row's padding at its end."""
+        b = self.b
+        length, total = b.dimension(token_ids, 1), b.dimension(mask, 1)
+        first = b.cast(b("Equal", length, total), ir.DataType.INT64)
+        # On a GPU, sizes are in the host's memory and what is computed from the mask is not. A
+        # tensor that crosses would cost a copy in every step and forbid CUDA graphs, so what both
+        # need is made once more on the device.
+        is_first, self.length = self._on_device(first), self._on_device(length)
         # The padding before a row's first token; in later calls its tokens are already where they
         # belong. Counted by sums: the largest of integers is a kernel of cuDNN's on CUDA.
         seen = b("CumSum", mask, b.constant(1))
         before = b.cast(b("Equal", seen, b.constant([0])), ir.DataType.INT64)
         before = b("ReduceSum", before, b.constant([1]), keepdims=1)
-        self.start = b("Mul", before, self.is_first)
+        self.start = b("Mul", before, is_first)
         self.columns = b("Range", b.constant(0), b("Squeeze", length), b.constant(1))
         rolled = b("Mod", b("Add", self.columns, self.start), self.length)
-        self.token_ids = b("GatherElements", token_ids, rolled, axis=1)
-        self.cos, self.sin = self._rotary_tables()
-        if self.prefix_length:
-            self.prefix_rows = self._prefix_rows(b.dimension(token_ids, 0))
+        return b("GatherElements", token_ids, rolled, axis=1)
 
     def _on_device(self, size: ir.Value) -> ir.Value:
         """A number [1] in the host's memory, in the device's."""
@@ -94,10 +101,10 @@ class FusedOperators:
         modules = [f"{name}.{part}_proj" for part in "qkv"]
         packed = b.linear(x, modules, sum(widths), config.hidden_size, b.options.precision)
         side_by_side = config.streams > 1 and self.rows == 1
-        if self.prefix_length:
-            if side_by_side:
-                shape = b.constant([0, -1, config.streams, sum(widths)])
-                packed = b("Reshape", packed, shape)
+        if side_by_side:
+            shape = b.constant([0, -1, config.streams, sum(widths)])
+            packed = b("Reshape", packed, shape)
+        if self.puts_prefix:
             prefix = b("Gather", self._prefix(name, widths), self.prefix_rows, axis=0)
             packed = b("Concat", prefix, packed, axis=1)
         projections: list[ir.Value | None] = [packed, None, None]
@@ -114,7 +121,7 @@ class FusedOperators:
             scale=config.head_dim**-0.5, do_rotary=1,
             rotary_interleaved=int(config.rope_traditional),
         )  # fmt: skip
-        if self.prefix_length:
+        if self.puts_prefix:
             y = b.slice(y, self.new_prefix, axis=1)
         if side_by_side:
             y = b("Reshape", y, b.constant([0, -1, widths[0]]))
@@ -163,6 +170,8 @@ class FusedOperators:
     def pick(self, x: ir.Value) -> ir.Value:
         """Of hidden states [B, L, P * d], each row's last; or all, where their tokens were."""
         b = self.b
+        if b.options.step:
+            return x
         if b.options.all_logits:
             shifted = b("Sub", b("Add", self.columns, self.length), self.start)
             where = b("Unsqueeze", b("Mod", shifted, self.length), b.constant([2]))

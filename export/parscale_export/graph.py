@@ -43,6 +43,9 @@ class Options:
     accuracy_level: int = 4
     all_logits: bool = False
     aggregation_weights: bool = False
+    # A graph of single steps, of one token each after a first call: it needs no prefix, and no
+    # padding to see to. Of fused operators only.
+    step: bool = False
     # The longest prefix of all graphs over the same data: their rotary tables are one.
     longest_prefix: int = 0
 
@@ -202,7 +205,7 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
     outputs = [
         _output(b.cast(_head(b, x), ir.DataType.FLOAT), "logits", config.vocab_size, options)
     ]
-    if options.aggregation_weights:
+    if stream_weights is not None and options.aggregation_weights:
         outputs.append(_output(stream_weights, "aggregation_weights", config.streams, options))
     graph = ir.Graph(
         [*inputs, *(value for past in pasts for value in past)],
@@ -300,13 +303,16 @@ def _side_by_side(b: Builder, x: ir.Value) -> ir.Value:
     return b("Reshape", x, b.constant([0, -1, streams * d]))
 
 
-def _aggregate(b: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _aggregate(b: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
     """Weigh the streams of each token (paper section 2.2, equation 3, with label smoothing).
 
-    From [B, L, P * d] to [B, L, d], and the weights, float32 [B, L, P].
+    From [B, L, P * d] to [B, L, d], and the weights, float32 [B, L, P] (of one stream, where they
+    are an output).
     """
     streams, d, smoothing = b.config.streams, b.config.hidden_size, b.config.smoothing
     if streams == 1:
+        if not b.options.aggregation_weights:
+            return x, None
         shape = b("Concat", b("Shape", x, start=0, end=2), b.constant([1]), axis=0)
         return x, b("Expand", b.constant([1.0], np.float32), shape)
     precision = b.options.aggregator_precision

@@ -20,11 +20,15 @@ class Cache:
         buffers: the cache's memory, for past and present alike; where the operators do not share
             it, what came before.
         rows: how many of the buffers' rows take part, from the first; by default all.
+        steps: whether each step is of one token, after a first call.
     """
 
-    def __init__(self, model: "OnnxModel", buffers: Buffers, rows: int | None = None):
+    def __init__(
+        self, model: "OnnxModel", buffers: Buffers, rows: int | None = None, steps: bool = False
+    ):
         self.model, self.pasts = model, buffers
-        self.binding = model.session.io_binding()
+        self.session = model.steps if steps else model.session
+        self.binding = self.session.io_binding()
         self.run_options = run_options(NOT_CAPTURED)
         if model.shares_buffer:
             bind_buffers(self.binding, model, buffers, rows)
@@ -38,13 +42,13 @@ class Cache:
         binding.bind_cpu_input("attention_mask", mask)
         results = bind_results(binding, model, ids.shape[0], ids.shape[1], ("cpu", 0))
         if model.shares_buffer:
-            model.session.run_with_iobinding(binding, self.run_options)
+            self.session.run_with_iobinding(binding, self.run_options)
         else:
             for past, value in zip(model.pasts, self.pasts, strict=True):
                 binding.bind_ortvalue_input(past, value)
             for present in model.presents:
                 binding.bind_output(present, *model.device)
-            model.session.run_with_iobinding(binding, self.run_options)
+            self.session.run_with_iobinding(binding, self.run_options)
             # Only here, since it makes an object for each output of each layer. They come in the
             # order in which they were first bound.
             self.pasts = binding.get_outputs()[len(results) :]
@@ -67,7 +71,7 @@ class FixedSteps:
         self, model: "OnnxModel", buffers: Buffers, batch: int, capacity: int, graph_id: int
     ):
         self.model, self.capacity = model, capacity
-        self.binding, self.run_options = model.session.io_binding(), run_options(str(graph_id))
+        self.binding, self.run_options = model.steps.io_binding(), run_options(str(graph_id))
         self.ids, self.mask = (
             ort.OrtValue.ortvalue_from_shape_and_type([batch, n], np.int64, *model.device)
             for n in (1, capacity)
@@ -83,7 +87,7 @@ class FixedSteps:
         whole[:, : mask.shape[1]] = mask
         self.ids.update_inplace(np.ascontiguousarray(ids))
         self.mask.update_inplace(whole)
-        self.model.session.run_with_iobinding(self.binding, self.run_options)
+        self.model.steps.run_with_iobinding(self.binding, self.run_options)
         return [value.numpy() for value in self.results]
 
 

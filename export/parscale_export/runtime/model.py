@@ -92,7 +92,7 @@ class OnnxModel:
         self.prefill_chunk = prefill_chunk
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")
-        self.session, self.provider = start_session(
+        self.session, self.steps, self.provider = start_session(
             self.file,
             about,
             provider,

@@ -1,8 +1,10 @@
 """Open an exported graph in onnxruntime, once its files are known to be sound."""
 
 import sys
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import onnxruntime as ort
@@ -18,7 +20,9 @@ from parscale_export.runtime.provider import (
     cuda_refusal,
     records_steps,
 )
+from parscale_export.runtime.weights import upload
 
+STEP = "_step"  # ends the name of a graph of single steps
 ONLY_ERRORS = 3
 # Before it, Attention with grouped heads, a past and a mask fails in float32 and errs in float16.
 STANDARD_SINCE = Version("1.25")
@@ -63,9 +67,15 @@ def _graph_files(path: Path) -> list[Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
     found = sorted(path.glob("*.onnx")) or sorted(path.glob("onnx/*.onnx"))
+    found = [file for file in found if not file.stem.endswith(STEP)]
     if not found:
         raise FileNotFoundError(f"{path}: no model.onnx in this folder")
     return sorted(found, key=lambda file: file.stem)
+
+
+def step_file(graph: Path) -> Path:
+    """Where the graph of single steps of a graph is, if it has one."""
+    return graph.with_stem(graph.stem + STEP)
 
 
 def load_graph(file: Path) -> onnx.ModelProto:
@@ -147,6 +157,20 @@ def check_operators(file: Path, ops: str) -> None:
         )
 
 
+class Sessions(NamedTuple):
+    """An opened graph.
+
+    Attributes:
+        prompts: computes prompts, and whatever else the graph can.
+        steps: computes single tokens after a first call; often the same.
+        provider: the full name of the provider of both.
+    """
+
+    prompts: ort.InferenceSession
+    steps: ort.InferenceSession
+    provider: str
+
+
 def start_session(
     file: Path,
     about: dict[str, str],
@@ -156,7 +180,7 @@ def start_session(
     device_id: int = 0,
     threads: int | None = None,
     cuda_graph: bool | None = None,
-) -> tuple[ort.InferenceSession, str]:
+) -> Sessions:
     """A session on the asked-for provider, or by default on CUDA where it can run the graph.
 
     Where there is a CUDA device and it is not used by default, a line on standard error says why.
@@ -165,9 +189,6 @@ def start_session(
         about: the graph's metadata.
         asked: "cpu", "cuda", a provider's full name, or None.
         heads: the query heads of GroupQueryAttention.
-
-    Returns:
-        The session, and its provider's full name.
 
     Raises:
         ValueError: the provider is not there, does not start, or cannot run the graph.
@@ -178,11 +199,13 @@ def start_session(
         raise ValueError(f"{file}: {refusal}")
     if refusal:
         name, reason = CPU, refusal
-    start = partial(open_session, file, threads=threads, accuracy_level=about["accuracy_level"])
+    start = partial(
+        open_session, file=file, threads=threads, accuracy_level=about["accuracy_level"]
+    )
     if name == CUDA:
         try:
             recording = records_steps(about, name, cuda_graph)
-            return start(name, device_id=device_id, cuda_graph=recording), name
+            return _start_cuda(file, partial(start, device_id=device_id), device_id, recording)
         except ValueError as error:
             if asked is not None:
                 raise
@@ -197,19 +220,38 @@ def start_session(
         )
     if reason:
         print(f"running on the CPU, not on CUDA: {reason}", file=sys.stderr)
-    return start(name), name
+    session = start(name)
+    return Sessions(session, session, name)
+
+
+def _start_cuda(
+    file: Path, start: Callable[..., ort.InferenceSession], device_id: int, recording: bool
+) -> Sessions:
+    """Sessions on CUDA: one for prompts and, where there is a graph of single steps, one for it."""
+    steps = step_file(file)
+    if not steps.is_file():
+        session = start(CUDA, cuda_graph=recording)
+        return Sessions(session, session, CUDA)
+    read_graph(steps)
+    weights = upload(file, ("cuda", device_id))
+    prompts = start(CUDA, weights=weights)
+    return Sessions(prompts, start(CUDA, file=steps, weights=weights, cuda_graph=recording), CUDA)
 
 
 def open_session(
-    file: Path,
     name: str,
     *,
+    file: Path,
+    weights: Mapping[str, ort.OrtValue] | None = None,
     device_id: int = 0,
     threads: int | None = None,
     cuda_graph: bool = False,
     accuracy_level: str = "4",
 ) -> ort.InferenceSession:
     """A session on an execution provider, given by its full name.
+
+    Args:
+        weights: tensors of the graph that are in the device's memory already.
 
     Raises:
         ValueError: the provider does not start, or cannot run the graph.
@@ -220,6 +262,8 @@ def open_session(
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
     if threads is not None:
         options.intra_op_num_threads = threads
+    for tensor, value in (weights or {}).items():
+        options.add_initializer(tensor, value)
     providers: list = [CPU]
     if name == CUDA:
         # Some of its warnings, about what is sound here, come from no session and know no options.

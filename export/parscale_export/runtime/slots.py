@@ -105,4 +105,4 @@ class Slots:
     def _bind(self, block: Block, bound: int) -> Cache | FixedSteps:
         if self.model.cuda_graph:
             return self.model.fixed_steps(block)
-        return Cache(self.model, block.buffers, bound * self.model.cache_rows)
+        return Cache(self.model, block.buffers, bound * self.model.cache_rows, steps=True)
