@@ -65,11 +65,6 @@ class Decoder:
         """Rows whose prompts are computed, wholly or in part."""
         return len(self.running) + (self._filling is not None)
 
-    def rows(self) -> list[Row]:
-        """All that have not been let go."""
-        filling = [] if self._filling is None else [self._filling[0]]
-        return [*self.running, *filling, *self.waiting]
-
     def turn(self, *, alone: bool = True) -> None:
         """Compute a bounded part of a prompt, if any, and a token of every running row.
 

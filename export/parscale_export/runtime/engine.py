@@ -56,6 +56,7 @@ class OnnxEngine:
         self.failure: Exception | None = None
         self._slots, self._kept_bytes = slots, kept_bytes
         self._decoders = {model.streams: Decoder(model, slots, kept_bytes)}
+        self._rows: list[RequestRow] = []  # all that are not answered yet
         # Requests for exports that are still being opened.
         self._held: dict[int, list[RequestRow]] = {}
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
@@ -126,7 +127,8 @@ class OnnxEngine:
             if item is STOP:
                 return False
             self._begin(item)
-        for row in self._rows():
+        self._rows = [row for row in self._rows if not row.finished]
+        for row in self._rows:
             row.interrupt()
         for streams, rows in self._held.items():
             self._held[streams] = [row for row in rows if not row.finished]
@@ -149,13 +151,16 @@ class OnnxEngine:
 
     def _begin(self, item: RequestRow | tuple[int, OnnxModel | Exception]) -> None:
         if isinstance(item, RequestRow):
+            self._rows.append(item)
             decoder = self._decoders.get(item.streams)
             if decoder is not None:
                 decoder.waiting.append(item)
                 return
             if item.streams not in self._held:
                 self._held[item.streams] = []
-                threading.Thread(target=self._open, args=(item.streams,), daemon=True).start()
+                opening = threading.Thread(target=self._open, args=(item.streams,), daemon=True)
+                # While a CUDA graph is recorded, no other thread may use the device.
+                (opening.run if self.model.cuda_graph else opening.start)()
             self._held[item.streams].append(item)
             return
         streams, model = item
@@ -173,23 +178,17 @@ class OnnxEngine:
         except Exception as error:
             self._inbox.put((streams, error))
 
-    def _rows(self) -> list[RequestRow]:
-        """Requests that are not answered yet."""
-        at_work: list[Any] = [row for d in self._decoders.values() for row in d.rows()]
-        return at_work + [row for rows in self._held.values() for row in rows]
-
     def _end_all(self) -> None:
         with self._lock:  # what is put into the inbox after this is refused
             self._closed = True
-        rows = self._rows()
         while not self._inbox.empty():
-            item = self._inbox.get()
-            if isinstance(item, RequestRow):
-                rows.append(item)
-        for row in rows:
+            if isinstance(item := self._inbox.get(), RequestRow):
+                self._rows.append(item)
+        for row in self._rows:
             if self.failure is not None and not row.finished:
                 row.fail(RuntimeError(f"generation failed: {self.failure}"))
             row.state.cancelled = True
             row.interrupt()
+        self._rows = []
         self._decoders.clear()
         self._held.clear()

@@ -1,6 +1,7 @@
 """KV caches of earlier sequences, kept so that prompts that begin alike are not computed again."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,14 @@ LEAST = 32  # tokens below which computing anew costs as little as keeping
 STEP_IN_PROMPT_TOKENS = {"cpu": 5, "cuda": 100}
 
 
+@dataclass(eq=False)
+class Entry:
+    """A sequence's token ids, and where their entries lie: of a kept one, in their own block."""
+
+    ids: np.ndarray
+    stored: Stored
+
+
 class KeptPrefixes:
     """The most recently used sequences, as many as fit into a number of bytes.
 
@@ -25,8 +34,7 @@ class KeptPrefixes:
 
     def __init__(self, model: "OnnxModel", limit: int):
         self.model, self.limit = model, limit
-        # From the least to the most recently used; a stored sequence has a block of its own.
-        self.entries: list[tuple[np.ndarray, Stored]] = []
+        self.entries: list[Entry] = []  # from the least to the most recently used
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -34,23 +42,21 @@ class KeptPrefixes:
     @property
     def size(self) -> int:
         """Bytes in use."""
-        return sum(stored.block.size for _, stored in [*self.entries])
+        return sum(entry.stored.block.size for entry in [*self.entries])
 
     def keep(self, tokens: Sequence[int], stored: Stored) -> None:
         """Keep a copy of a sequence's entries; ``tokens`` are those that are in the cache."""
-        ids = np.array(tokens[: stored.length], np.int64)
         if stored.length < LEAST or self.limit <= 0:
             return
-        rest = []
-        for entry in self.entries:
-            if common(entry[0], ids) == len(ids):
-                # It is part of what is there.
-                self.entries.remove(entry)
-                self.entries.append(entry)
+        ids = np.array(tokens[: stored.length], np.int64)
+        for entry in [*self.entries]:
+            shared = common(entry.ids, ids)
+            if shared == len(ids):
+                self._touch(entry)
                 return
-            if common(entry[0], ids) < len(entry[0]):
-                rest.append(entry)
-        self.entries = [*rest, (ids, stored.copy(stored.length, stored.length))]
+            if shared == len(entry.ids):
+                self.entries.remove(entry)  # the new one holds all of it
+        self.entries.append(Entry(ids, stored.copy(stored.length, stored.length)))
         while self.entries and self.size > self.limit:
             del self.entries[0]
 
@@ -64,23 +70,24 @@ class KeptPrefixes:
         Args:
             running: sequences with their tokens.
         """
-        ids = np.array(prompt[:-1], np.int64)
-        best: tuple[Stored, int] | None = None
-        found = None
-        for entry in self.entries:
-            n = common(entry[0], ids)
-            if best is None or n > best[1]:
-                best, found = (entry[1], n), entry
-        for tokens, stored in running:
-            n = min(common(np.array(tokens, np.int64), ids), stored.length)
-            if best is None or n > best[1]:
-                best, found = (stored, n), None
-        if best is None or not self._pays(best[1], len(prompt)):
+        if len(prompt) <= LEAST:
             return None
-        if found is not None:
-            self.entries.remove(found)
-            self.entries.append(found)
-        return best
+        ids = np.array(prompt[:-1], np.int64)
+        found = [*self.entries]
+        for tokens, stored in running:
+            found.append(Entry(np.array(tokens[: stored.length], np.int64), stored))
+        saved, _, best = max(
+            ((common(e.ids, ids), -n, e) for n, e in enumerate(found)), default=(0, 0, None)
+        )
+        if best is None or not self._pays(saved, len(prompt)):
+            return None
+        if best in self.entries:
+            self._touch(best)
+        return best.stored, saved
+
+    def _touch(self, entry: Entry) -> None:
+        self.entries.remove(entry)
+        self.entries.append(entry)
 
     def _pays(self, saved: int, tokens: int) -> bool:
         if saved < LEAST:
