@@ -65,6 +65,30 @@ def open_engine(
     return _open_mlx(model, **own)
 
 
+def open_served(
+    ctx: click.Context,
+    model: str | None,
+    runtime: str | None,
+    options: dict,
+    *,
+    size: int,
+    kept_bytes: int,
+) -> Any:
+    """As ``open_engine``, for a server: all numbers of streams that there are.
+
+    Args:
+        size: answers to compute at a time.
+        kept_bytes: for KV caches of earlier prompts.
+    """
+    engine = choose_runtime(model, runtime)
+    own = _own_options(ctx, engine, options)
+    if engine == "onnx":
+        return open_onnx(model, slots=size, kept_bytes=kept_bytes, **own)
+    # Ranks share one model.
+    own["all_streams"] = own["parallel"] is None
+    return _open_mlx(model, batch_size=size, prompt_cache_bytes=kept_bytes, **own)
+
+
 def _own_options(ctx: click.Context, engine: str, options: dict) -> dict:
     own = {}
     for name, value in options.items():
@@ -101,6 +125,7 @@ def _open_mlx(
     max_kv_size: int | None = None,
     prompt_cache: Path | None = None,
     num_draft_tokens: int = 3,
+    all_streams: bool = False,
     **options: Any,
 ) -> Any:
     # The last two are options of requests, and of the command.
@@ -109,6 +134,7 @@ def _open_mlx(
     bits = None if kv_bits is None else int(kv_bits)
     return open_engine(
         model,
+        streams="all" if all_streams else (),
         default=streams,
         more_streams=(draft,) if isinstance(draft, int) else (),
         cache=CacheOptions(bits, int(kv_group_size), quantized_kv_start, max_kv_size),

@@ -2,13 +2,14 @@
 
 import logging
 import re
-from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 
 import click
 
 from parscale_cli.adapters import adapter_options
 from parscale_cli.parallel import parallel_option
+from parscale_cli.runtime import open_served, runtime_options
 
 KEY = "PARSCALE_API_KEY"
 LOG = logging.getLogger("parscale.serve")
@@ -114,7 +115,7 @@ LOG = logging.getLogger("parscale.serve")
     type=click.IntRange(0),
     default=10,
     show_default=True,
-    help="Keep the KV caches of this many prompts for requests to come.",
+    help="mlx: keep the KV caches of this many prompts for requests to come.",
 )
 @click.option(
     "--prompt-cache-bytes",
@@ -149,11 +150,13 @@ LOG = logging.getLogger("parscale.serve")
     show_default=True,
     help="info logs a line for each request, without its text.",
 )  # fmt: skip
+@runtime_options
 @parallel_option
+@click.pass_context
 def serve(
-    model, adapters, streams, name, host, port, origins, log_level, temp, parallel, draft_model,
-    draft, prompt_cache_size, prompt_cache_bytes, kv_bits, kv_group_size,
-    quantized_kv_start, **limits
+    ctx, model, runtime, name, host, port, origins, log_level, temp, max_concurrent, max_tokens,
+    max_request_bytes, timeout, read_timeout, api_key, draft, num_draft_tokens, prompt_cache_bytes,
+    **options
 ):  # fmt: skip
     """Serve a model over HTTP as OpenAI's API and Anthropic's, and a page to chat on at /.
 
@@ -161,54 +164,62 @@ def serve(
     --parallel the first process listens, and there is one number of streams: that of --streams, or
     the most.
     """
-    _check(limits["api_key"], name, parallel, draft_model, draft)
+    parallel, draft_model = options["parallel"], options["draft_model"]
+    for option, value in (("temp", temp), ("timeout", timeout), ("read-timeout", read_timeout)):
+        if not isfinite(value):
+            raise click.UsageError(f"--{option} {value}: must be a finite number")
+    _check(api_key, name, parallel, draft_model, draft)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("parscale").setLevel(log_level.upper())
-    from parscale_mlx.engine import CacheOptions, open_engine
-    from parscale_mlx.ranks import check_same, join
-
     from parscale_core.serve.server import Server, bind, is_loopback
     from parscale_core.serve.settings import Settings
 
-    group = None if parallel is None else join()
     name = name or _name(model)
     shown = re.fullmatch(rf"{re.escape(name)}:p(\d+)", draft_model or "")
+    if shown:
+        options["draft_model"] = None
     settings = Settings(
+        max_concurrent=max_concurrent,
+        max_tokens=max_tokens,
+        max_request_bytes=max_request_bytes,
+        timeout=timeout,
+        read_timeout=read_timeout,
         temperature=temp,
+        api_key=api_key,
         allowed_origins=origins,
         draft=int(shown[1]) if shown else draft or ("model" if draft_model else None),
-        **limits,
+        num_draft_tokens=num_draft_tokens,
     )
-    follows = group is not None and group.rank() > 0
-    with nullcontext() if follows else bind(host, port) as bound:
-        if bound is not None and limits["api_key"] is None and not is_loopback(bound):
+    # Found before the model is read. Of ranks, the first listens.
+    with bind(host, 0 if parallel and not _leads() else port) as bound:
+        if api_key is None and not is_loopback(bound):
             LOG.warning(
                 "--host %s is open to other machines, and no API key is set (%s)", host, KEY
             )
-        engine = open_engine(
-            model,
-            adapters=adapters,
-            streams="all" if parallel is None else (),
-            default=streams,
-            parallel=parallel,
-            draft_model=None if shown else draft_model,
-            batch_size=limits["max_concurrent"],
-            prompt_cache_size=prompt_cache_size,
-            prompt_cache_bytes=prompt_cache_bytes,
-            cache=CacheOptions(kv_bits and int(kv_bits), int(kv_group_size), quantized_kv_start),
+        opened = open_served(
+            ctx, model, runtime, options, size=max_concurrent, kept_bytes=prompt_cache_bytes
         )
-        if group is not None:
-            check_same(group, {"name of the model": name})
-        if follows:
-            engine.follow()
-            return
-        try:
-            assert bound is not None
+        with opened as engine:
+            if parallel is not None and _follows(engine, name):
+                return
             server = Server(engine, bound, name, settings)
             click.echo(f"Serving {', '.join(server.serving.names.all)} on {server.url}", err=True)
             server.run()
-        finally:
-            engine.close()
+
+
+def _leads() -> bool:
+    from parscale_mlx.ranks import join
+
+    return join().rank() == 0
+
+
+def _follows(engine, name: str) -> bool:
+    from parscale_mlx.ranks import check_same
+
+    check_same(engine.parallel.group, {"name of the model": name})
+    if engine.follows:
+        engine.follow()
+    return engine.follows
 
 
 def _check(key, name, parallel, draft_model, draft) -> None:

@@ -19,13 +19,19 @@ RUN = [sys.executable, "-c", "from parscale_cli.main import cli; cli()", "serve"
 
 
 @contextmanager
-def process(*arguments, **environment):
-    """The command, once it serves: the process, and the line that says where."""
+def process(*arguments, warned=False, **environment):
+    """The command, once it serves: the process, and the line that says where.
+
+    Args:
+        warned: it says before that anybody may ask.
+    """
     command = [*RUN, *map(str, arguments), "--port", "0"]
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=os.environ | environment
     ) as run:
         try:
+            if warned:
+                assert "no API key" in run.stderr.readline()
             line = run.stderr.readline()
             assert line.startswith("Serving "), line + run.stderr.read()
             yield run, line
@@ -68,6 +74,7 @@ def test_curl(backbone, adapter):
     assert "data: [DONE]" in events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["mine:p1", "a folder"])
 def test_a_draft(backbone, adapter, model, draft):
     arguments = ("--model", backbone, "--adapter", adapter, "--name", "mine", "--draft-model")
@@ -136,8 +143,31 @@ def test_a_port_that_is_taken(parscale, model):
         (["--timeout", "0"], 2, "--timeout"),
         (["--api-key", ""], 2, "--api-key"),
         (["--name", "a:p4"], 2, "--name"),
+        (["--api-key", "schlüssel"], 2, "ASCII"),
+        (["--temp", "nan"], 2, "--temp"),
+        (["--timeout", "inf"], 2, "--timeout"),
+        (["--draft", "ngram", "--draft-model", "x"], 2, "--draft-model"),
+        (["--runtime", "onnx", "--kv-bits", "8"], 2, "--kv-bits"),
     ],
 )
 def test_bad_options(parscale, model, arguments, code, word):
     result = parscale("serve", "--model", model, *arguments)
     assert result.exit_code == code and word in error_line(result)
+
+
+def test_an_export(parscale, model, tmp_path):
+    export = tmp_path / "export"
+    written = parscale("export-onnx", "--model", model, "-o", export, "--aggregation-weights")
+    assert written.exit_code == 0
+    answers = []
+    for folder in (export, model):
+        options = ("--model", folder, "--name", "mine", "--host", "0.0.0.0")
+        with process(*options, warned=True) as (_, line):
+            connection = connect(line)
+            body = chat("Hi", stream_weights=True, logprobs=True)
+            connection.request("POST", CHAT, json.dumps(body))
+            answers.append(json.load(connection.getresponse())["choices"][0])
+    texts = [answer["message"]["content"] for answer in answers]
+    assert texts[0] == texts[1] != ""
+    for ours, theirs in zip(*(answer["parscale_streams"] for answer in answers), strict=True):
+        assert ours["weights"] == pytest.approx(theirs["weights"], abs=1e-4)
