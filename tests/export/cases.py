@@ -9,6 +9,7 @@ import ml_dtypes  # noqa: F401  safetensors reads bfloat16 once this is imported
 import numpy as np
 import onnxruntime as ort
 from packaging.version import Version
+from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_export.runtime.session import STANDARD_SINCE
 from safetensors.numpy import load_file, save_file
 
@@ -50,6 +51,30 @@ def variant(folder: Path, case: str = "p4", tensors: dict | None = None, **confi
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     if tensors is not None:
         save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def random_model(folder: Path, case: str = "p4", *, outlier: float = 0.0, **config) -> Path:
+    """A random checkpoint with other dimensions than a golden case's.
+
+    Args:
+        outlier: added to one channel of the embeddings: residuals of Qwen2 have such channels.
+    """
+    folder.mkdir(parents=True)
+    golden = json.loads((GOLDEN / case / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(golden | config))
+    random = np.random.default_rng(0)
+    tensors = {}
+    for name, shape in tensor_shapes(read_config(folder)).items():
+        tensor = random.standard_normal(shape, np.float32)
+        if name.endswith("norm.weight"):
+            tensor = 1 + tensor * np.float32(0.05)
+        else:
+            tensor *= np.float32(0.05 if "prefix" in name else 1 / np.sqrt(shape[-1]))
+        if outlier and "embed_tokens" in name:
+            tensor[:, 7] += outlier
+        tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

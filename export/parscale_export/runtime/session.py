@@ -23,6 +23,7 @@ from parscale_export.runtime.provider import (
 from parscale_export.runtime.weights import upload
 
 STEP = "_step"  # ends the name of a graph of single steps
+NEEDING_CUDNN = ["BiasSoftmaxFusion"]  # of onnxruntime's optimizers
 ONLY_ERRORS = 3
 # Before it, Attention with grouped heads, a past and a mask fails in float32 and errs in float16.
 STANDARD_SINCE = Version("1.25")
@@ -273,7 +274,13 @@ def open_session(
         providers = [name, *providers]
     try:
         # Without a second try of its own, which would be reported on standard output.
-        session = ort.InferenceSession(str(file), options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(
+            str(file),
+            options,
+            providers=providers,
+            disabled_optimizers=NEEDING_CUDNN if name == CUDA else [],
+            enable_fallback=0,
+        )
     except Exception as error:  # onnxruntime's exceptions have no common class of their own
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: {name} cannot run this graph: {reason}") from error
