@@ -111,6 +111,8 @@ def load_model(
     model.load_weights(list(read_weights(checkpoint).items()))
     # model_file names Python code in the folder for mlx-lm to run.
     config = {k: v for k, v in checkpoint.config.raw.items() if k != "model_file"}
+    if checkpoint.blocks is not None:
+        del config["quantization_config"]
     if dequantize:
         mlx_lm_utils.dequantize_model(model)
         config = {k: v for k, v in config.items() if not k.startswith("quantization")}
@@ -128,10 +130,14 @@ def load_model(
 def read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """A checkpoint's tensors by their names in memory, left on disk until they are used."""
     files = {stored.file for stored in checkpoint.stored.values() if stored.pickled is None}
-    opened: dict[Path, Any] = {file: mx.load(str(file)) for file in files}
+    opened = {file: _open(file) for file in files}
     weights = {}
     for name, stored in checkpoint.stored.items():
-        if stored.pickled is not None:
+        if name.endswith("_scale_inv"):
+            continue
+        if stored.dtype.startswith("float8"):
+            weights[name] = mx.array(checkpoint.tensor(name)).astype(mx.bfloat16)
+        elif stored.pickled is not None or opened[stored.file] is None:
             weights[name] = _from_numpy(checkpoint.read(name))
         elif stored.name == PUBLISHED_COLUMNS:
             value = opened[stored.file][stored.name]
@@ -305,6 +311,14 @@ def _quantize(model: Model, checkpoint: Checkpoint) -> None:
         return {"group_size": group_size, "bits": bits, "mode": mode}
 
     nn.quantize(model, class_predicate=settings)
+
+
+def _open(file: Path) -> Any:
+    """The arrays of a safetensors file; None where it holds one of a type that MLX has not."""
+    try:
+        return mx.load(str(file))
+    except RuntimeError:
+        return None
 
 
 def _from_numpy(value: np.ndarray) -> mx.array:

@@ -14,9 +14,42 @@ import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
-from mlx_lm.models.rope_utils import initialize_rope
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns, held_name
+
+
+class Rotary(nn.Module):
+    """The rotary embedding of ``config.json``, as ``parscale_core.checkpoint.rope`` computes it."""
+
+    def __init__(self, args: ModelConfig):
+        super().__init__()
+        rotation = args.rope.rotation()
+        self.traditional, self.scale, self.original = (
+            args.rope_traditional, rotation.scale, rotation.original
+        )  # fmt: skip
+        self._periods = mx.array(1 / rotation.frequencies, mx.float32)
+        self._long_periods = None
+        if rotation.long_frequencies is not None:
+            self._long_periods = mx.array(1 / rotation.long_frequencies, mx.float32)
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """Rotate ``x`` [B, heads, L, head_dim], whose first token has position ``offset``.
+
+        LongRoPE rotates a row by its long frequencies once its last token is beyond the original
+        context.
+        """
+        x = x if self.scale == 1 else x * self.scale
+        if self._long_periods is None:
+            return self._rotate(x, offset, self._periods)
+        is_long = mx.array(offset + x.shape[2] > self.original).reshape(-1, 1, 1, 1)
+        long = self._rotate(x, offset, self._long_periods)
+        return mx.where(is_long, long, self._rotate(x, offset, self._periods))
+
+    def _rotate(self, x: mx.array, offset: int | mx.array, periods: mx.array) -> mx.array:
+        return mx.fast.rope(
+            x, x.shape[-1], traditional=self.traditional, base=None, scale=1.0, offset=offset,
+            freqs=periods,
+        )  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -32,17 +65,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_heads * head_dim, dim, bias=args.output_bias)
-        self.rope = initialize_rope(
-            head_dim,
-            base=args.rope_theta,
-            traditional=args.rope_traditional,
-            scaling_config=args.rope_scaling or None,
-            max_position_embeddings=args.max_position_embeddings,
-        )
+        self.rope = Rotary(args)
         if args.prefix_length:
             shape = (args.streams, self.n_kv_heads, args.prefix_length, head_dim)
             self.prefix_k = mx.zeros(shape)
             self.prefix_v = mx.zeros(shape)
+        # No prefix follows frequencies that change: it stays as it is, and tokens start at 0.
+        self.shift = args.prefix_length if self.rope.original else 0
 
     def prefix(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """The prefix as a past: keys and values, [1, P * kv_heads, prefix_length, head_dim].
@@ -50,7 +79,7 @@ class Attention(nn.Module):
         A prefix key takes no rotary embedding. Since that embedding is relative, rotating every
         one of them by the prefix's length and starting the tokens there gives the same scores.
         """
-        keys = rotate(self.rope, self.prefix_k, self.prefix_k.shape[2])
+        keys = rotate(self.rope, self.prefix_k, self.prefix_k.shape[2] - self.shift)
         shape = (1, -1, *self.prefix_k.shape[2:])
         return keys.reshape(shape).astype(dtype), self.prefix_v.reshape(shape).astype(dtype)
 
@@ -66,14 +95,14 @@ class Attention(nn.Module):
         values = heads(self.v_proj(x), self.n_kv_heads)
 
         if cache is not None:
-            queries = self.rope(queries, offset=cache.offset)
-            keys = self.rope(keys, offset=cache.offset)
+            queries = self.rope(queries, offset=cache.offset - self.shift)
+            keys = self.rope(keys, offset=cache.offset - self.shift)
             keys, values = cache.update_and_fetch(keys, values)
         elif "prefix_k" in self:
             past_keys, past_values = (mx.repeat(a, B, axis=0) for a in self.prefix(keys.dtype))
             offset = past_keys.shape[2]
-            queries = self.rope(queries, offset=offset)
-            keys = mx.concatenate([past_keys, self.rope(keys, offset=offset)], axis=2)
+            queries = self.rope(queries, offset=offset - self.shift)
+            keys = mx.concatenate([past_keys, self.rope(keys, offset=offset - self.shift)], axis=2)
             values = mx.concatenate([past_values, values], axis=2)
         else:
             queries, keys = self.rope(queries), self.rope(keys)

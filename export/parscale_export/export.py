@@ -16,7 +16,6 @@ from parscale_core.checkpoint.adapter import (
 )
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.output import EXPORT, check_output, place, working_folder
-from parscale_core.checkpoint.rope import inverse_frequencies
 from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export import targets
@@ -220,10 +219,6 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
 
 
 def _check_model(config: ModelConfig, options: Options, folder: Path, target: str | None) -> None:
-    try:
-        inverse_frequencies(config)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     if options.ops == "fused" and config.head_dim % 16:
         raise ValueError(
             f"{folder / 'config.json'}: head_dim {config.head_dim} is not a multiple of 16, which "

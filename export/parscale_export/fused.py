@@ -12,7 +12,7 @@ queries of these rows are zero and their results are cut off.
 import numpy as np
 import onnx_ir as ir
 from parscale_core.checkpoint.config import ModelConfig
-from parscale_core.checkpoint.rope import inverse_frequencies, rotate
+from parscale_core.checkpoint.rope import rotate
 
 from parscale_export.graph import MICROSOFT, Builder, folded_heads
 
@@ -77,17 +77,30 @@ class FusedOperators:
 
     def _rotary_tables(self) -> tuple[ir.Value, ir.Value]:
         b, config = self.b, self.b.config
-        frequencies, scale = inverse_frequencies(config)
-        prefix = max(self.prefix_length, b.options.longest_prefix)
-        positions = context_length(config) + prefix
-        shape = (positions, config.head_dim // 2)
+        rotation = config.rope.rotation()
+        if rotation.long_frequencies is None:
+            return self._tables("", rotation.frequencies, 0)
+        # No prefix follows frequencies that change: it stays as it is, and tokens start at 0.
+        n = self.prefix_length
+        short = self._tables(f".short{n}", rotation.frequencies, n)
+        long = self._tables(f".long{n}", rotation.long_frequencies, n)
+        longest = b("ReduceMax", self.tokens, keepdims=0)
+        is_long = b("Greater", longest, b.constant(rotation.original))
+        return b("Where", is_long, long[0], short[0]), b("Where", is_long, long[1], short[1])
+
+    def _tables(self, name: str, frequencies: np.ndarray, start: int) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines for each entry of the cache; the entry ``start`` has position 0."""
+        b, config = self.b, self.b.config
+        scale = config.rope.rotation().scale
+        entries = context_length(config) + max(self.prefix_length, b.options.longest_prefix)
+        shape = (entries, config.head_dim // 2)
 
         def angles() -> np.ndarray:
-            return np.outer(np.arange(positions), frequencies)
+            return np.outer(np.maximum(np.arange(entries) - start, 0), frequencies)
 
         return (
-            b.tensor(b.weights.floats("cos", shape, lambda: np.cos(angles()) * scale)),
-            b.tensor(b.weights.floats("sin", shape, lambda: np.sin(angles()) * scale)),
+            b.tensor(b.weights.floats(f"cos{name}", shape, lambda: np.cos(angles()) * scale)),
+            b.tensor(b.weights.floats(f"sin{name}", shape, lambda: np.sin(angles()) * scale)),
         )
 
     def _prefix_rows(self, batch: ir.Value) -> ir.Value:
@@ -137,10 +150,12 @@ class FusedOperators:
             keys, values = (
                 b.weights.array([f"{name}.prefix_{part}"]).astype(np.float64) for part in "kv"
             )
-            frequencies, scale = inverse_frequencies(config)
-            angles = np.outer(n - np.arange(n), frequencies)
+            rotation = config.rope.rotation()
+            angles = np.outer(n - np.arange(n), rotation.frequencies)
+            if rotation.long_frequencies is not None:
+                angles = np.zeros_like(angles)  # its entries have position 0
             # The operator's tables carry the embedding's scale, which a prefix does not take.
-            keys = rotate(keys, angles, interleaved=config.rope_traditional) / scale
+            keys = rotate(keys, angles, interleaved=config.rope_traditional) / rotation.scale
             queries = np.zeros((streams, n, widths[0]))
             flat = [a.swapaxes(1, 2).reshape(streams, n, -1) for a in (keys, values)]
             rows = np.concatenate([queries, *flat], axis=-1)

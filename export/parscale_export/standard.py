@@ -7,7 +7,6 @@ prefix's keys go, without rotary embedding, before the first call's own; every q
 
 import numpy as np
 import onnx_ir as ir
-from parscale_core.checkpoint.rope import inverse_frequencies
 
 from parscale_export.fused import prefix_rows
 from parscale_export.graph import Builder, folded_heads
@@ -45,11 +44,19 @@ class StandardOperators:
         b = self.b
         counted = b("Sub", b("CumSum", mask, b.constant(1)), b.constant([1]))
         positions = b.slice(b("Max", counted, b.constant([0])), self.past, axis=1)
-        frequencies, scale = inverse_frequencies(b.config)
+        rotation = b.config.rope.rotation()
+        scale = rotation.scale
+        frequencies = b.constant(rotation.frequencies, np.float32)
+        if rotation.long_frequencies is not None:
+            count = b("Unsqueeze", b("ReduceSum", mask, b.constant([1])), b.constant([2]))
+            frequencies = b(
+                "Where", b("Greater", count, b.constant(rotation.original)),
+                b.constant(rotation.long_frequencies, np.float32), frequencies,
+            )  # fmt: skip
         angles = b(
             "Mul",
             b("Unsqueeze", b.cast(positions, ir.DataType.FLOAT), b.constant([2])),
-            b.constant(frequencies, np.float32),
+            frequencies,
         )
         tables = []
         for function in ("Cos", "Sin"):

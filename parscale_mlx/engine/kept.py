@@ -109,5 +109,5 @@ def _signature(model: Model) -> str:
     if model.args.prefix_length:
         probes.append(model.layers[0].self_attn.prefix_k.sum(axis=(1, 2, 3)))
     probe: Any = mx.concatenate(probes).tolist()
-    fields = {k: v for k, v in sorted(vars(model.args).items()) if not isinstance(v, dict)}
+    fields = {k: str(v) for k, v in sorted(vars(model.args).items()) if not isinstance(v, dict)}
     return json.dumps([fields, [round(float(x), 3) for x in probe]])

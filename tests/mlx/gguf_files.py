@@ -40,8 +40,10 @@ def golden_weights(folder) -> tuple[dict[str, np.ndarray], dict]:
     return {name: np.array(a.astype(mx.float32)) for name, a in weights.items()}, sizes
 
 
-def random_weights(seed: int = 0, **changes) -> tuple[dict[str, np.ndarray], dict]:
-    """Weights of a small Llama model with tied embeddings, and its sizes."""
+def random_weights(
+    seed: int = 0, *, biases: bool = False, **changes
+) -> tuple[dict[str, np.ndarray], dict]:
+    """Weights of a small model with tied embeddings, and its sizes."""
     s = SIZES | changes
     random = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (s["vocabulary"], s["hidden"])}
@@ -51,6 +53,10 @@ def random_weights(seed: int = 0, **changes) -> tuple[dict[str, np.ndarray], dic
         shapes[layer + "self_attn.q_proj.weight"] = (q, s["hidden"])
         shapes[layer + "self_attn.k_proj.weight"] = (kv, s["hidden"])
         shapes[layer + "self_attn.v_proj.weight"] = (kv, s["hidden"])
+        if biases:  # as Qwen2 has them
+            for name in ("q_proj", "k_proj", "v_proj"):
+                rows = shapes[f"{layer}self_attn.{name}.weight"][0]
+                shapes[f"{layer}self_attn.{name}.bias"] = (rows,)
         shapes[layer + "self_attn.o_proj.weight"] = (s["hidden"], q)
         shapes[layer + "mlp.gate_proj.weight"] = (s["inner"], s["hidden"])
         shapes[layer + "mlp.up_proj.weight"] = (s["inner"], s["hidden"])

@@ -1,6 +1,7 @@
 """The engine against the published code's golden answers and mlx-lm's own generators."""
 
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -242,12 +243,7 @@ def test_logits_that_are_not_numbers_end_their_answer_with_an_error(value, draft
 
 
 def test_a_folder_s_adapters_and_end_tokens(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in (GOLDEN / "p4").iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / "config.json").unlink()
-    (folder / "config.json").write_text((GOLDEN / "p4" / "config.json").read_text())
+    folder = shutil.copytree(GOLDEN / "p4", tmp_path / "model")
     write_tokenizer(folder)
     engine = open_engine(folder)
     row = load_golden("p4").rows[0]

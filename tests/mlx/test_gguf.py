@@ -229,7 +229,7 @@ def byte_tokenizer(pre="smollm", size=0, **flags):
 
 
 def tokenizer_of(tmp_path, name="m", architecture="llama", metadata=(), **sizes):
-    weights = random_weights(**sizes)
+    weights = random_weights(biases=architecture == "qwen2", **sizes)
     file = write_gguf(
         tmp_path / f"{name}.gguf", *weights, architecture=architecture, metadata=metadata
     )

@@ -1,7 +1,6 @@
 """The model against mlx-lm's own classes, the published formula, and configurations it refuses."""
 
 import json
-from importlib.metadata import version
 
 from parscale_mlx import Model
 from parscale_mlx.model import Attention
@@ -13,7 +12,6 @@ import pytest
 from golden_cases import TOLERANCE, difference, load_golden
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
-from packaging.version import Version
 from parscale_core.checkpoint.config import ModelConfig
 
 FIELDS = dict(
@@ -28,7 +26,6 @@ FIELDS = dict(
 ROPE_SCALINGS = {
     "none": None,
     "linear": {"type": "linear", "factor": 4.0},
-    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "llama3": {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -43,10 +40,7 @@ ROPE_SCALINGS = {
         "short_factor": [1.0] * 8,
         "long_factor": [1.0 + 0.5 * i for i in range(8)],
     },
-    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0},
 }
-if Version(version("mlx-lm")) < Version("0.32"):  # the newest for Python 3.10
-    del ROPE_SCALINGS["dynamic"]
 
 
 def randomised(model):
@@ -184,8 +178,7 @@ def test_gradients_reach_the_prefixes(p4):
 def test_rope_parameters_of_newer_configurations():
     parameters = {"rope_theta": 5e5, **ROPE_SCALINGS["llama3"]}
     new = ModelConfig.from_dict(FIELDS | dict(model_type="llama", rope_parameters=parameters))
-    assert new.rope_theta == 5e5
-    assert new.rope_scaling["rope_type"] == "llama3"
+    assert (new.rope.theta, new.rope.kind) == (5e5, "llama3")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from parscale_core.checkpoint.config import check_streams, read_json
 from parscale_core.checkpoint.folder import Entry, find_safetensors, read_headers
+from parscale_core.checkpoint.links import check_link
 from parscale_core.checkpoint.names import is_stream_tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
@@ -68,6 +69,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
             raise FileNotFoundError(
                 f"{folder}: no {needed.name} in this folder; not a stream adapter"
             )
+    check_link(weights)
     raw = read_json(file)
     if raw.get("adapter_type") != TYPE:
         raise ValueError(f"{file}: not a stream adapter (adapter_type is not {TYPE!r})")

@@ -5,9 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from parscale_core.checkpoint.links import check_link
+from parscale_core.checkpoint.rope import Rope, finite
+
 FAMILIES = ("qwen2", "llama")
 MODEL_TYPES = tuple(name for family in FAMILIES for name in (family, f"{family}_parscale"))
 MAX_STREAMS = 64
+MAX_HEAD_DIM = 4096
+CONTEXTS = {"qwen2": 32768, "llama": 2048}  # transformers' defaults of max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class ModelConfig:
         streams, prefix_length, smoothing: ``parscale_n``, ``parscale_n_tokens`` and
             ``parscale_attn_smooth`` there. The prefix of one stream is 0 tokens long, whatever
             ``parscale_n_tokens`` says, unless ``parscale_prefix`` is true.
-        rope_scaling: the fields of ``rope_scaling`` or ``rope_parameters``; may be empty.
+        rope: the rotary embedding; ``rope_traditional`` pairs neighbouring dimensions, as MLX does.
         raw: the file as it stands.
     """
 
@@ -32,9 +37,8 @@ class ModelConfig:
     vocab_size: int
     rms_norm_eps: float
     max_position_embeddings: int
-    rope_theta: float
+    rope: Rope
     rope_traditional: bool
-    rope_scaling: dict[str, Any]
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -61,14 +65,20 @@ class ModelConfig:
             raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
         if raw.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
-        if raw.get("use_sliding_window"):
+        if _flag(raw, "use_sliding_window"):
             raise ValueError("use_sliding_window true is not supported, only full attention")
+        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+            raise ValueError("layer_types other than full_attention are not supported")
         is_qwen2 = family_of(model_type) == "qwen2"
-        qkv_bias = raw.get("attention_bias")
-        qkv_bias = is_qwen2 if qkv_bias is None else bool(qkv_bias)
+        # Qwen2 has biases on its queries, keys and values whatever config.json says.
+        qkv_bias = is_qwen2 or _flag(raw, "attention_bias")
         heads, hidden = _positive(raw, "num_attention_heads"), _positive(raw, "hidden_size")
-        # transformers 5 writes rope_theta and rope_scaling as one dictionary.
-        rope = raw.get("rope_parameters") or {}
+        head_dim = _positive(raw, "head_dim", max(hidden // heads, 1))
+        if head_dim > MAX_HEAD_DIM:
+            raise ValueError(f"head_dim {head_dim} is more than {MAX_HEAD_DIM}")
+        if head_dim % 2:
+            raise ValueError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
+        context = _positive(raw, "max_position_embeddings", CONTEXTS[family_of(model_type)])
         config = cls(
             model_type=model_type,
             hidden_size=hidden,
@@ -76,18 +86,17 @@ class ModelConfig:
             num_hidden_layers=_positive(raw, "num_hidden_layers"),
             num_attention_heads=heads,
             num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
-            head_dim=_positive(raw, "head_dim", hidden // heads),
+            head_dim=head_dim,
             vocab_size=_positive(raw, "vocab_size"),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
-            max_position_embeddings=_positive(raw, "max_position_embeddings", 32768),
-            rope_theta=_number(rope if "rope_theta" in rope else raw, "rope_theta", 10000.0),
-            rope_traditional=bool(raw.get("rope_traditional", False)),
-            rope_scaling=raw.get("rope_scaling") or rope,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_position_embeddings=context,
+            rope=Rope.from_config(raw, head_dim=head_dim, context=context),
+            rope_traditional=_flag(raw, "rope_traditional"),
+            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
             qkv_bias=qkv_bias,
             # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
             output_bias=qkv_bias and not is_qwen2,
-            mlp_bias=bool(raw.get("mlp_bias", False)),
+            mlp_bias=not is_qwen2 and _flag(raw, "mlp_bias"),
             streams=raw.get("parscale_n", 1),
             prefix_length=raw.get("parscale_n_tokens", 48),
             smoothing=raw.get("parscale_attn_smooth", 0.01),
@@ -106,8 +115,6 @@ class ModelConfig:
                 f"num_attention_heads {heads} is not a multiple of "
                 f"num_key_value_heads {config.num_key_value_heads}"
             )
-        if config.head_dim % 2:
-            raise ValueError(f"head_dim {config.head_dim} is odd: rotary embedding needs pairs")
         return config
 
 
@@ -120,8 +127,9 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ValueError: it is not JSON, or not an object.
+        ValueError: it is not JSON, or not an object, or a link out of its folder.
     """
+    check_link(file)
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -158,7 +166,8 @@ def check_streams(streams: Any, prefix_length: Any, smoothing: Any) -> None:
         raise ValueError(f"parscale_n {streams!r} is not a number from 1 to {MAX_STREAMS}")
     if not _is_whole(prefix_length) or prefix_length < 1:
         raise ValueError(f"parscale_n_tokens {prefix_length!r} is not at least 1")
-    if not isinstance(smoothing, int | float) or not 0 <= smoothing <= 1:
+    is_number = isinstance(smoothing, int | float) and not isinstance(smoothing, bool)
+    if not is_number or not 0 <= smoothing <= 1:
         raise ValueError(f"parscale_attn_smooth {smoothing!r} is not from 0 to 1")
 
 
@@ -210,8 +219,13 @@ def _positive(raw: dict[str, Any], name: str, default: int | None = None) -> int
     return value
 
 
+def _flag(raw: dict[str, Any], name: str) -> bool:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, where true or false is needed")
+    return bool(value)
+
+
 def _number(raw: dict[str, Any], name: str, default: float) -> float:
     value = raw.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}, where a number is needed")
-    return float(value)
+    return finite(name, value)

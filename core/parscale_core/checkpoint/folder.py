@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from parscale_core.checkpoint.config import read_json
 from parscale_core.checkpoint.hub import download
+from parscale_core.checkpoint.links import check_link
 from parscale_core.checkpoint.packaged import SMOLLM2, smollm2_folder
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -80,6 +81,7 @@ def find_weights(folder: Path) -> WeightFiles:
     for name in (SAFETENSORS, PICKLE):
         file, are_pickles = folder / name, name == PICKLE
         if file.is_file():
+            check_link(file)
             return WeightFiles([file], are_pickles)
         index = file.with_name(f"{name}.index.json")
         if index.is_file():
@@ -88,6 +90,7 @@ def find_weights(folder: Path) -> WeightFiles:
             for shard in files:
                 if not shard.is_file():
                     raise FileNotFoundError(f"{shard}: listed in {index.name} but missing")
+                check_link(shard)
             return WeightFiles(files, are_pickles, places)
     raise FileNotFoundError(
         f"{folder}: no weights in this folder ({SAFETENSORS}, {PICKLE} or an index of its shards)"

@@ -33,6 +33,10 @@ def settings(quantization: dict, module: str) -> tuple[str, int, int]:
         )
     group, bits = _DEFAULTS[mode]
     group, bits = chosen.get("group_size") or group, chosen.get("bits") or bits
+    if not isinstance(group, int) or group < 1:
+        raise ValueError(f"{module}: group_size {group!r} is not a positive whole number")
+    if mode != "affine" and (group, bits) != _DEFAULTS[mode]:
+        raise ValueError(f"{module}: {mode} has groups of {_DEFAULTS[mode][0]}, not of {group!r}")
     if mode == "affine" and bits not in _AFFINE_BITS:
         raise ValueError(f"{module}: {bits} bits is not one of {_AFFINE_BITS}")
     return mode, group, bits

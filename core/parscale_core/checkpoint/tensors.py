@@ -3,16 +3,18 @@
 Names and columns are those that models hold in memory; see ``names``.
 """
 
+import re
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
+import ml_dtypes  # numpy knows bfloat16 once this is imported
 import numpy as np
 from safetensors import safe_open
 
 from parscale_core.checkpoint import adapter as adapters
-from parscale_core.checkpoint import mlx_quantized
+from parscale_core.checkpoint import float8, mlx_quantized
 from parscale_core.checkpoint.adapter import AdapterFolder
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_core.checkpoint.folder import (
@@ -32,6 +34,9 @@ from parscale_core.checkpoint.names import (
 )
 from parscale_core.checkpoint.pickles import read_pickle, to_numpy, type_name
 
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -40,6 +45,7 @@ class Stored:
     Attributes:
         name: its name in that file.
         dtype: the name of its type: float32, bfloat16, uint32...
+        start: where its bytes begin.
         shape: as stored: packed, where it is quantised.
         pickled: the tensor itself, mapped from disk, where the file is a pickle.
     """
@@ -48,6 +54,7 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: str
+    start: int = 0
     pickled: Any = None
 
 
@@ -62,6 +69,7 @@ class Checkpoint:
         folder: where it is.
         config: its ``config.json``, with the adapter's streams.
         quantization: MLX's quantisation, as ``config.json`` has it; may be empty.
+        blocks: rows and columns that share a scale in float8 weights, if they are such.
         stored: where each tensor lies, by its name in memory.
 
     Raises:
@@ -74,7 +82,8 @@ class Checkpoint:
     def __init__(self, folder: str | Path, adapter: AdapterFolder | None = None):
         self.folder, self.adapter = find_folder(folder), adapter
         self.config = read_config(self.folder)
-        self.quantization = _quantization(self.config.raw, self.folder)
+        file = self.folder / "config.json"
+        self.quantization, self.blocks = _quantization(self.config.raw, file)
         self.stored: dict[str, Stored] = {}
         self._open_files()
         if adapter is not None:
@@ -103,6 +112,8 @@ class Checkpoint:
                 f"{self.folder / 'config.json'}: no quantization, but {module} is quantised"
             )
         mode, group_size, bits = mlx_quantized.settings(self.quantization, module)
+        if len(shape) != 2 or self.stored[name].dtype != "uint32":
+            raise ValueError(f"{self.stored[name].file}: {name} is not a matrix that MLX quantised")
         columns = shape[-1] * 32 // bits
         scales = self.stored[f"{module}.scales"].shape
         biases = self.stored.get(f"{module}.biases")
@@ -120,7 +131,9 @@ class Checkpoint:
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in self
 
     def tensor(self, name: str) -> np.ndarray:
-        """One tensor, dequantised to float32 where MLX quantised it, else as stored."""
+        """One tensor, dequantised to float32 where it is quantised, else as stored."""
+        if f"{name}_scale_inv" in self:
+            return float8.dequantize(self.read(name), self.read(f"{name}_scale_inv"), self.blocks)
         if not self.is_quantized(name):
             return self.read(name)
         module = name.removesuffix(".weight")
@@ -139,9 +152,15 @@ class Checkpoint:
         stored = self.stored[name]
         if stored.pickled is not None:
             value = to_numpy(stored.pickled)
+        elif stored.dtype.startswith("float8"):  # numpy has none of its own
+            dtype = np.dtype(getattr(ml_dtypes, stored.dtype))
+            value = np.fromfile(stored.file, dtype, prod(stored.shape), offset=stored.start)
+            value = value.reshape(stored.shape)
         else:
             with safe_open(stored.file, framework="numpy") as opened:
                 value = opened.get_tensor(stored.name)
+        if value.dtype == np.float64:  # more than any engine computes in
+            value = value.astype(np.float32)
         if stored.name == PUBLISHED_COLUMNS:
             return held_columns(value, self.config.streams)
         return value
@@ -161,12 +180,14 @@ class Checkpoint:
             return
         for file in weights.files:
             for name, tensor in read_pickle(file).items():
-                self._add(Stored(file, name, tuple(tensor.shape), type_name(tensor), tensor))
+                self._add(
+                    Stored(file, name, tuple(tensor.shape), type_name(tensor), pickled=tensor)
+                )
 
     def _add_safetensors(self, entries: dict[str, Entry]) -> None:
         for name, entry in entries.items():
             dtype = DTYPES.get(entry.dtype, entry.dtype)
-            self._add(Stored(entry.file, name, entry.shape, dtype))
+            self._add(Stored(entry.file, name, entry.shape, dtype, entry.start))
 
     def _add_streams(self, adapter: AdapterFolder) -> None:
         if self.config.prefix_length:
@@ -189,6 +210,7 @@ class Checkpoint:
         self.stored[held_name(stored.name)] = stored
 
     def _check(self) -> None:
+        self._settle_tie()
         config = self.config
         asking = "config.json" if self.adapter is None else adapters.CONFIG
         if not config.prefix_length:
@@ -197,6 +219,7 @@ class Checkpoint:
                     raise ValueError(
                         f"{stored.file}: holds {name}, but config.json says parscale_n 1"
                     )
+        self._check_layers()
         expected = tensor_shapes(config)
         for name, shape in expected.items():
             if name not in self:
@@ -206,15 +229,65 @@ class Checkpoint:
             found = self.shape(name)
             if found != shape:
                 raise ValueError(_misshapen(self.stored[name].file, name, found, shape, asking))
+            self._check_type(name)
         self._refuse_unknown(expected)
+
+    def _settle_tie(self) -> None:
+        """Tie as transformers: a head that differs is kept, and one alone is the embedding."""
+        if not self.config.tie_word_embeddings:
+            return
+        heads = {name for name in self.stored if name.startswith("lm_head.")}
+        pairs = {name: name.replace("lm_head", "model.embed_tokens") for name in heads}
+        if not any(name in self for name in pairs.values()):
+            for head, embedding in pairs.items():
+                self.stored[embedding] = self.stored.pop(head)
+        elif all(other in self and self._same(head, other) for head, other in pairs.items()):
+            for head in pairs:
+                del self.stored[head]
+        else:
+            raw = self.config.raw | {"tie_word_embeddings": False}
+            self.config = replace(self.config, tie_word_embeddings=False, raw=raw)
+
+    def _same(self, one: str, other: str) -> bool:
+        a, b = self.stored[one], self.stored[other]
+        return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(
+            self.read(one).view(np.uint8), self.read(other).view(np.uint8)
+        )
+
+    def _check_layers(self) -> None:
+        # Before each tensor of each layer is looked for: there could be a billion in config.json.
+        numbers = {int(m[1]) for name in self.stored if (m := _LAYER.match(name))}
+        for n in range(len(numbers) + 1):
+            if n not in numbers and n < self.config.num_hidden_layers:
+                raise ValueError(
+                    f"{self.folder}: the weights lack model.layers.{n}, and config.json says "
+                    f"num_hidden_layers {self.config.num_hidden_layers}"
+                )
+
+    def _check_type(self, name: str) -> None:
+        stored = self.stored[name]
+        quantised = self.is_quantized(name) or f"{name}_scale_inv" in self
+        if not quantised and stored.dtype not in FLOATS:
+            raise ValueError(
+                f"{stored.file}: {name} is {stored.dtype}, and config.json names no quantization "
+                "that says what its numbers stand for"
+            )
+
+    def _is_part(self, module: str, part: str) -> bool:
+        """Whether a tensor is what MLX's quantisation keeps beside a module's weight."""
+        if part not in ("scales", "biases") or not self.is_quantized(f"{module}.weight"):
+            return False
+        mode, _, _ = mlx_quantized.settings(self.quantization, module)
+        return part == "scales" or mode == "affine"
 
     def _refuse_unknown(self, expected: dict[str, tuple[int, ...]]) -> None:
         for name in list(self.stored):
-            module = name.removesuffix(".scales").removesuffix(".biases")
-            if name in expected or (module != name and self.is_quantized(f"{module}.weight")):
+            module, _, part = name.rpartition(".")
+            if name in expected or self._is_part(module, part):
                 continue
-            computed = name.endswith("rotary_emb.inv_freq")
-            if not computed and not (name == "lm_head.weight" and self.config.tie_word_embeddings):
+            if self.blocks and name.removesuffix("_scale_inv") in expected:
+                continue
+            if not name.endswith("rotary_emb.inv_freq"):  # computed, in old checkpoints also saved
                 raise ValueError(f"{self.stored[name].file}: the model has no place for {name}")
             del self.stored[name]
 
@@ -228,14 +301,21 @@ def _misshapen(
     return f"{file}: {name} has shape {list(found)}, where config.json asks for {list(shape)}"
 
 
-def _quantization(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
-    quantization = raw.get("quantization")
-    if quantization is None and raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        if method is not None:
-            raise ValueError(
-                f"{folder / 'config.json'}: weights quantised with {method!r} are not supported, "
-                "only MLX's; use the unquantised model"
-            )
-        quantization = raw["quantization_config"]
-    return quantization or {}
+def _quantization(raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], tuple[int, int] | None]:
+    """MLX's quantisation, and the blocks that share a scale in float8 weights, if it is either."""
+    for name in ("quantization", "quantization_config"):
+        settings = raw.get(name)
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"{file}: {name} is {settings!r}, where an object is needed")
+    if raw.get("quantize_activations"):
+        raise ValueError(f"{file}: quantize_activations true is not supported")
+    theirs = raw.get("quantization_config") or {}
+    if raw.get("quantization") or "quant_method" not in theirs:
+        return raw.get("quantization") or theirs, None
+    method, blocks = theirs["quant_method"], theirs.get("weight_block_size")
+    if method == "fp8" and isinstance(blocks, list) and [n > 0 for n in blocks] == [True, True]:
+        return {}, (blocks[0], blocks[1])
+    raise ValueError(
+        f"{file}: weights quantised with {method!r} cannot be read (MLX's quantisation and fp8 in "
+        "blocks can); use the model before it was quantised"
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale_core.checkpoint.config import read_json
+from parscale_core.checkpoint.links import check_link
 
 TOKENIZER_FILES = (
     "tokenizer*", "*token*.json", "*.jinja", "chat_template*", "*.txt", "*.tiktoken", "vocab.*",
@@ -47,6 +48,7 @@ def copy_files(origin: Path, folder: Path) -> None:
     """Copy what makes a folder's weights a usable model: tokenizer and generation settings."""
     for file in [*tokenizer_files(origin), origin / "generation_config.json"]:
         if file.is_file():
+            check_link(file)
             shutil.copyfile(file, folder / file.name)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.gguf.container import GGUF, Tensor
 from parscale_core.checkpoint.gguf.tokenizer import end_tokens, token_id
-from parscale_core.checkpoint.rope import inverse_frequencies
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -207,8 +206,8 @@ def _llama3_scaling(file: GGUF, tensor: Tensor, config: dict[str, Any]) -> dict[
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    plain, _ = inverse_frequencies(ModelConfig.from_dict(config))
-    scaled, _ = inverse_frequencies(ModelConfig.from_dict(config | {"rope_scaling": scaling}))
+    plain = ModelConfig.from_dict(config).rope.rotation().frequencies
+    scaled = ModelConfig.from_dict(config | {"rope_scaling": scaling}).rope.rotation().frequencies
     if not np.isfinite(factors).all() or not np.allclose(plain / scaled, factors, rtol=1e-3):
         raise ValueError(f"{file.path}: {ROPE_FACTORS} is not the scaling of Llama 3")
     return scaling

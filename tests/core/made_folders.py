@@ -1,0 +1,88 @@
+"""Model folders of many kinds, made by transformers, and the logits that it computes of them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+CLASSES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+}
+SIZES = dict(
+    vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
+ORIGINAL = 16  # the original context of those that are stretched
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": ORIGINAL}  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "original_max_position_embeddings": ORIGINAL,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+}  # fmt: skip
+# By name: the fields of config.json that differ, each with one model family.
+ROPES = {
+    "default": {},
+    "theta": {"rope_theta": 500000.0},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "linear by its old name": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama3": {"rope_scaling": LLAMA3},
+    "yarn": {"rope_scaling": YARN},
+    "yarn attention_factor 1": {"rope_scaling": YARN | {"attention_factor": 1.0}},
+    "yarn attention_factor": {"rope_scaling": YARN | {"attention_factor": 1.7}},
+    "yarn mscale": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}},
+    "yarn mscale alone": {"rope_scaling": YARN | {"mscale": 0.7}},
+    "yarn not truncated": {"rope_scaling": YARN | {"truncate": False}},
+    "yarn betas": {"rope_scaling": YARN | {"beta_fast": 4, "beta_slow": 0.5}},
+    "yarn of no original": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "yarn beside other lengths": {"rope_scaling": YARN | {"factor": 2.5}},
+    "longrope": {"rope_scaling": LONGROPE},
+    "longrope attention_factor": {"rope_scaling": LONGROPE | {"attention_factor": 1.3}},
+    "longrope factor": {"rope_scaling": LONGROPE | {"factor": 8.0}},
+    "longrope original outside": {
+        "rope_scaling": {k: v for k, v in LONGROPE.items() if "original" not in k},
+        "original_max_position_embeddings": ORIGINAL,
+    },
+    "rope_parameters": {"rope_parameters": YARN | {"rope_theta": 20000.0}},
+}
+
+
+def make(folder: Path, family: str = "llama", *, seed: int = 0, dtype=None, **fields) -> Path:
+    """Write a random model; ``fields`` are put into its ``config.json`` as they are."""
+    config_class, model_class = CLASSES[family]
+    torch.manual_seed(seed)
+    plain = config_class(**SIZES)
+    loud = {"initializer_range": 0.2}  # so that positions matter to the logits
+    made = config_class.from_dict(plain.to_dict() | loud | _understood(fields))
+    model = model_class(made)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.to(dtype or torch.float32).save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if "rope_scaling" in fields or "rope_theta" in fields:
+        config["rope_theta"] = config.pop("rope_parameters", {}).get("rope_theta", 10000.0)
+    file.write_text(json.dumps(config | fields))
+    return folder
+
+
+def _understood(fields: dict) -> dict:
+    # What only changes the numbers of rotary embeddings has no part in making weights.
+    return {key: value for key, value in fields.items() if "rope" not in key}
+
+
+def expected(folder: Path, ids: list[int]) -> np.ndarray:
+    """transformers' logits [L, vocab] in float32."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(torch.tensor([ids])).logits[0].numpy()
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(3, SIZES["vocab_size"], count).tolist()
