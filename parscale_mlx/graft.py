@@ -1,4 +1,4 @@
-"""Give a plain Qwen2 or Llama model P streams, as a place for training to start from.
+"""Give a plain model P streams, as a place for training to start from.
 
 Each stream's prefix is what the model itself would hold in its KV cache after reading a piece of
 real text, a different piece for each stream; the aggregator starts by weighing all streams alike.
@@ -15,7 +15,15 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from parscale_core.checkpoint.config import MAX_STREAMS, ModelConfig, family_of
 
-ARCHITECTURES = {"qwen2": "Qwen2ParScaleForCausalLM", "llama": "LlamaParScaleForCausalLM"}
+# The published class is Qwen2's; those of the other families are named after it.
+ARCHITECTURES = {
+    "qwen2": "Qwen2ParScaleForCausalLM",
+    "qwen3": "Qwen3ParScaleForCausalLM",
+    "llama": "LlamaParScaleForCausalLM",
+    "mistral": "MistralParScaleForCausalLM",
+    "smollm3": "SmolLM3ParScaleForCausalLM",
+    "granite": "GraniteParScaleForCausalLM",
+}
 WINDOW, WINDOWS = 256, 4  # tokens a window, and windows, of the text that perplexity is taken of
 
 

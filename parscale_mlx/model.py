@@ -1,4 +1,4 @@
-"""ParScale decoders (arXiv 2505.10475): Qwen2 and Llama with P parallel streams, in MLX.
+"""ParScale decoders (arXiv 2505.10475): Qwen, Llama and their kin with P parallel streams, in MLX.
 
 The P streams of a sequence are folded into the attention heads, so that a batch stays a batch for
 every cache, sampler and server of mlx-lm; their prefixes are the first entries of the KV cache.
@@ -52,20 +52,32 @@ class Rotary(nn.Module):
         )  # fmt: skip
 
 
+class Unrotated(nn.Module):
+    """In the place of a rotary embedding in a layer that has none."""
+
+    original = 0
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        return x
+
+
 class Attention(nn.Module):
-    def __init__(self, args: ModelConfig):
+    def __init__(self, args: ModelConfig, rotated: bool = True):
         super().__init__()
         dim, head_dim = args.hidden_size, args.head_dim
         self.n_heads = args.num_attention_heads
         self.n_kv_heads = args.num_key_value_heads
-        self.scale = head_dim**-0.5
+        self.scale = args.attention_scale
 
         bias = args.qkv_bias
         self.q_proj = nn.Linear(dim, self.n_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_heads * head_dim, dim, bias=args.output_bias)
-        self.rope = Rotary(args)
+        if args.qk_norm:
+            self.q_norm = nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
+        self.rope = Rotary(args) if rotated else Unrotated()
         if args.prefix_length:
             shape = (args.streams, self.n_kv_heads, args.prefix_length, head_dim)
             self.prefix_k = mx.zeros(shape)
@@ -93,6 +105,8 @@ class Attention(nn.Module):
         queries = heads(self.q_proj(x), self.n_heads)
         keys = heads(self.k_proj(x), self.n_kv_heads)
         values = heads(self.v_proj(x), self.n_kv_heads)
+        if "q_norm" in self:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
 
         if cache is not None:
             queries = self.rope(queries, offset=cache.offset - self.shift)
@@ -127,16 +141,20 @@ class MLP(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelConfig):
+    def __init__(self, args: ModelConfig, layer: int):
         super().__init__()
-        self.self_attn = Attention(args)
+        self.residual_scale = args.residual_scale
+        self.self_attn = Attention(args, args.rotated_layers[layer])
         self.mlp = MLP(args)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
-        h = x + self.self_attn(self.input_layernorm(x), mask, cache)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        h = x + self._scaled(self.self_attn(self.input_layernorm(x), mask, cache))
+        return h + self._scaled(self.mlp(self.post_attention_layernorm(h)))
+
+    def _scaled(self, x: mx.array) -> mx.array:
+        return x if self.residual_scale == 1 else x * self.residual_scale
 
 
 class Aggregator(nn.Module):
@@ -163,9 +181,9 @@ class Aggregator(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, args: ModelConfig):
         super().__init__()
-        self.n_streams = args.streams
+        self.n_streams, self.embedding_scale = args.streams, args.embedding_scale
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [TransformerBlock(args) for _ in range(args.num_hidden_layers)]
+        self.layers = [TransformerBlock(args, n) for n in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.gather: Callable[[mx.array], mx.array] | None = None
         if args.streams > 1:
@@ -177,6 +195,8 @@ class Decoder(nn.Module):
         Where other processes run some of the streams, ``gather`` adds theirs.
         """
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        if self.embedding_scale != 1:
+            h = h * self.embedding_scale
         if cache is None:
             cache = [None] * len(self.layers)
         elif "prefix_k" in self.layers[0].self_attn and cache[0] is not None and cache[0].empty():
@@ -229,8 +249,10 @@ class Model(nn.Module):
             weights = mx.ones((h.shape[0], h.shape[2], 1))
             h = h[:, 0]
         if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(h), weights
-        return self.lm_head(h), weights
+            logits = self.model.embed_tokens.as_linear(h)
+        else:
+            logits = self.lm_head(h)
+        return logits if self.args.logits_scale == 1 else logits * self.args.logits_scale, weights
 
     @property
     def layers(self):

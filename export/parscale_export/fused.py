@@ -106,19 +106,21 @@ class FusedOperators:
     def _prefix_rows(self, batch: ir.Value) -> ir.Value:
         return prefix_rows(self.b, batch, self.new_prefix)
 
-    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value]):
+    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value], *, rotated: bool):
         """Attention of one layer: its output, and the present keys and values."""
         b, config = self.b, self.b.config
         q, kv = config.num_attention_heads, config.num_key_value_heads
         widths = [n * config.head_dim for n in (q, kv, kv)]
         modules = [f"{name}.{part}_proj" for part in "qkv"]
         packed = b.linear(x, modules, sum(widths), config.hidden_size, b.options.precision)
+        if config.qk_norm:
+            packed = self._normalised(packed, name, widths)
         side_by_side = config.streams > 1 and self.rows == 1
         if side_by_side:
             shape = b.constant([0, -1, config.streams, sum(widths)])
             packed = b("Reshape", packed, shape)
         if self.puts_prefix:
-            prefix = b("Gather", self._prefix(name, widths), self.prefix_rows, axis=0)
+            prefix = b("Gather", self._prefix(name, widths, rotated), self.prefix_rows, axis=0)
             packed = b("Concat", prefix, packed, axis=1)
         projections: list[ir.Value | None] = [packed, None, None]
         if side_by_side:
@@ -129,9 +131,9 @@ class FusedOperators:
             ]
         y, *present = b.many(
             "GroupQueryAttention", *projections, *past,
-            self.lengths, self.total, self.cos, self.sin,
+            self.lengths, self.total, *((self.cos, self.sin) if rotated else ()),
             n=3, domain=MICROSOFT, num_heads=self.heads, kv_num_heads=self.kv_heads,
-            scale=config.head_dim**-0.5, do_rotary=1,
+            scale=config.attention_scale, do_rotary=int(rotated),
             rotary_interleaved=int(config.rope_traditional),
         )  # fmt: skip
         if self.puts_prefix:
@@ -141,7 +143,14 @@ class FusedOperators:
         y = b.linear(y, [f"{name}.o_proj"], config.hidden_size, widths[0], b.options.precision)
         return y, *present
 
-    def _prefix(self, name: str, widths: list[int]) -> ir.Value:
+    def _normalised(self, packed: ir.Value, name: str, widths: list[int]) -> ir.Value:
+        b, config = self.b, self.b.config
+        queries, keys, values = b.many("Split", packed, b.constant(widths), n=3, axis=-1)
+        queries = b.head_norm(queries, f"{name}.q_norm", config.num_attention_heads)
+        keys = b.head_norm(keys, f"{name}.k_norm", config.num_key_value_heads)
+        return b("Concat", queries, keys, values, axis=-1)
+
+    def _prefix(self, name: str, widths: list[int], rotated: bool) -> ir.Value:
         b, config = self.b, self.b.config
         streams, n = config.streams, config.prefix_length
         side_by_side = streams > 1 and self.rows == 1
@@ -154,8 +163,9 @@ class FusedOperators:
             angles = np.outer(n - np.arange(n), rotation.frequencies)
             if rotation.long_frequencies is not None:
                 angles = np.zeros_like(angles)  # its entries have position 0
-            # The operator's tables carry the embedding's scale, which a prefix does not take.
-            keys = rotate(keys, angles, interleaved=config.rope_traditional) / rotation.scale
+            if rotated:
+                # The operator's tables carry the embedding's scale, which a prefix does not take.
+                keys = rotate(keys, angles, interleaved=config.rope_traditional) / rotation.scale
             queries = np.zeros((streams, n, widths[0]))
             flat = [a.swapaxes(1, 2).reshape(streams, n, -1) for a in (keys, values)]
             rows = np.concatenate([queries, *flat], axis=-1)

@@ -91,6 +91,18 @@ class Builder(ir.tape.Tape):
         """One dimension's size, int64 [1]."""
         return self("Shape", x, start=axis, end=axis + 1)
 
+    def scaled(self, x: ir.Value, factor: float) -> ir.Value:
+        """Hidden states times a number that the model fixes, where that is not 1."""
+        return x if factor == 1 else self("Mul", x, self.constant(factor, self.weights.numpy_dtype))
+
+    def head_norm(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """Each head of ``x`` [B, L, heads * head_dim] normalised by itself."""
+        config = self.config
+        split = self("Reshape", x, self.constant([0, 0, heads, config.head_dim]))
+        normalised = self("RMSNormalization", split, self.vector(f"{name}.weight"),
+                          axis=-1, epsilon=config.rms_norm_eps)  # fmt: skip
+        return self("Reshape", normalised, self.constant([0, 0, heads * config.head_dim]))
+
     def slice(self, x: ir.Value, start: ir.Value, axis: int) -> ir.Value:
         end = self.constant([np.iinfo(np.int64).max])
         return self("Slice", x, start, end, self.constant([axis]))
@@ -185,15 +197,18 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
         if options.ops == "fused"
         else StandardOperators(b, token_ids, mask)
     )
-    h = _embed(b, _fold(b, operators.token_ids))
+    h = b.scaled(_embed(b, _fold(b, operators.token_ids)), config.embedding_scale)
     x = b("RMSNormalization", h, b.vector("model.layers.0.input_layernorm.weight"),
           axis=-1, epsilon=config.rms_norm_eps)  # fmt: skip
     presents: list[ir.Value] = []
     for n, past in enumerate(pasts):
         layer, last = f"model.layers.{n}", n == config.num_hidden_layers - 1
-        x, *present = operators.attention(x, f"{layer}.self_attn", past)
+        x, *present = operators.attention(
+            x, f"{layer}.self_attn", past, rotated=config.rotated_layers[n]
+        )
+        x = b.scaled(x, config.residual_scale)
         h, x = operators.add_and_norm(h, x, f"{layer}.post_attention_layernorm.weight")
-        x = operators.mlp(x, f"{layer}.mlp")
+        x = b.scaled(operators.mlp(x, f"{layer}.mlp"), config.residual_scale)
         following = "model.norm" if last else f"model.layers.{n + 1}.input_layernorm"
         h, x = operators.add_and_norm(h, x, f"{following}.weight")
         presents += [
@@ -202,9 +217,8 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
     x = operators.pick(_side_by_side(b, x))
     b.change_rows()
     x, stream_weights = _aggregate(b, x)
-    outputs = [
-        _output(b.cast(_head(b, x), ir.DataType.FLOAT), "logits", config.vocab_size, options)
-    ]
+    logits = b.cast(b.scaled(_head(b, x), config.logits_scale), ir.DataType.FLOAT)
+    outputs = [_output(logits, "logits", config.vocab_size, options)]
     if stream_weights is not None and options.aggregation_weights:
         outputs.append(_output(stream_weights, "aggregation_weights", config.streams, options))
     graph = ir.Graph(

@@ -83,22 +83,23 @@ class StandardOperators:
         visible = b("Or", visible, b("Equal", keys, queries))
         return b("And", visible, b("LessOrEqual", keys, queries))
 
-    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value]):
+    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value], *, rotated: bool):
         """Attention of one layer: its output, and the present keys and values."""
         b, config = self.b, self.b.config
         d, q = config.hidden_size, config.num_attention_heads * config.head_dim
         queries = self._heads(x, f"{name}.q_proj", config.num_attention_heads)
         keys = self._heads(x, f"{name}.k_proj", config.num_key_value_heads)
         values = self._heads(x, f"{name}.v_proj", config.num_key_value_heads)
-        queries = self._rotate(queries, self.heads)
-        keys = self._rotate(keys, self.kv_heads)
+        if rotated:
+            queries = self._rotate(queries, self.heads)
+            keys = self._rotate(keys, self.kv_heads)
         if self.prefix_length:
             keys = self._after_prefix(keys, f"{name}.prefix_k")
             values = self._after_prefix(values, f"{name}.prefix_v")
         y, *present = b.many(
             "Attention", queries, keys, values, self.mask, *past,
             n=3, q_num_heads=self.heads, kv_num_heads=self.kv_heads,
-            scale=config.head_dim**-0.5, softmax_precision=ir.DataType.FLOAT.value,
+            scale=config.attention_scale, softmax_precision=ir.DataType.FLOAT.value,
         )  # fmt: skip
         if config.streams > 1 and self.rows == 1:
             y = b("Reshape", y, b.constant([0, -1, q]))
@@ -109,6 +110,8 @@ class StandardOperators:
         b, config = self.b, self.b.config
         width = heads * config.head_dim
         y = b.linear(x, [module], width, config.hidden_size, b.options.precision)
+        if config.qk_norm and not module.endswith("v_proj"):
+            y = b.head_norm(y, module.replace("_proj", "_norm"), heads)
         if config.streams > 1 and self.rows == 1:
             y = b("Reshape", y, b.constant([0, -1, config.streams * width]))
         return y

@@ -8,11 +8,16 @@ from typing import Any
 from parscale_core.checkpoint.links import check_link
 from parscale_core.checkpoint.rope import Rope, finite
 
-FAMILIES = ("qwen2", "llama")
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "granite")
 MODEL_TYPES = tuple(name for family in FAMILIES for name in (family, f"{family}_parscale"))
 MAX_STREAMS = 64
 MAX_HEAD_DIM = 4096
-CONTEXTS = {"qwen2": 32768, "llama": 2048}  # transformers' defaults of max_position_embeddings
+# What a config.json that leaves a field out means, as transformers reads it.
+CONTEXTS = {
+    "qwen2": 32768, "qwen3": 32768, "llama": 2048, "mistral": 131072, "smollm3": 32768,
+    "granite": 2048,
+}  # fmt: skip
+MISTRAL_WINDOW, QWEN3_HEAD_DIM, SMOLLM3_THETA = 4096, 128, 2e6
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class ModelConfig:
             ``parscale_attn_smooth`` there. The prefix of one stream is 0 tokens long, whatever
             ``parscale_n_tokens`` says, unless ``parscale_prefix`` is true.
         rope: the rotary embedding; ``rope_traditional`` pairs neighbouring dimensions, as MLX does.
+        rotated_layers: whether each layer has a rotary embedding (SmolLM3: three of four).
+        qk_norm: each head's queries and keys are normalised before they are rotated (Qwen3).
+        attention_scale: what scores are multiplied with.
+        embedding_scale, residual_scale, logits_scale: what embeddings, a layer's two results
+            before they are added, and logits are multiplied with (Granite; 1 elsewhere).
         raw: the file as it stands.
     """
 
@@ -39,6 +49,12 @@ class ModelConfig:
     max_position_embeddings: int
     rope: Rope
     rope_traditional: bool
+    rotated_layers: tuple[bool, ...]
+    qk_norm: bool
+    attention_scale: float
+    embedding_scale: float
+    residual_scale: float
+    logits_scale: float
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
@@ -50,7 +66,7 @@ class ModelConfig:
 
     @property
     def family(self) -> str:
-        """The model type without its streams: "qwen2" or "llama"."""
+        """The model type without its streams, one of ``FAMILIES``."""
         return family_of(self.model_type)
 
     @classmethod
@@ -69,34 +85,50 @@ class ModelConfig:
             raise ValueError("use_sliding_window true is not supported, only full attention")
         if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
             raise ValueError("layer_types other than full_attention are not supported")
-        is_qwen2 = family_of(model_type) == "qwen2"
+        family = family_of(model_type)
+        is_qwen2 = family == "qwen2"
         # Qwen2 has biases on its queries, keys and values whatever config.json says.
-        qkv_bias = is_qwen2 or _flag(raw, "attention_bias")
+        qkv_bias = is_qwen2 or (family != "mistral" and _flag(raw, "attention_bias"))
         heads, hidden = _positive(raw, "num_attention_heads"), _positive(raw, "hidden_size")
-        head_dim = _positive(raw, "head_dim", max(hidden // heads, 1))
+        usual = QWEN3_HEAD_DIM if family == "qwen3" else max(hidden // heads, 1)
+        head_dim = _positive(raw, "head_dim", usual)
         if head_dim > MAX_HEAD_DIM:
             raise ValueError(f"head_dim {head_dim} is more than {MAX_HEAD_DIM}")
         if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
-        context = _positive(raw, "max_position_embeddings", CONTEXTS[family_of(model_type)])
+        context = _positive(raw, "max_position_embeddings", CONTEXTS[family])
+        if family == "mistral":
+            _check_window(raw.get("sliding_window", MISTRAL_WINDOW), context)
+        defaults = {"rope_theta": SMOLLM3_THETA, "tie_word_embeddings": True}
+        filled = (defaults if family == "smollm3" else {}) | raw
+        layers = _positive(raw, "num_hidden_layers")
+        multipliers = raw if family == "granite" else {}
         config = cls(
             model_type=model_type,
             hidden_size=hidden,
             intermediate_size=_positive(raw, "intermediate_size"),
-            num_hidden_layers=_positive(raw, "num_hidden_layers"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
             head_dim=head_dim,
             vocab_size=_positive(raw, "vocab_size"),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
             max_position_embeddings=context,
-            rope=Rope.from_config(raw, head_dim=head_dim, context=context),
+            rope=Rope.from_config(filled, head_dim=head_dim, context=context),
             rope_traditional=_flag(raw, "rope_traditional"),
-            tie_word_embeddings=_flag(raw, "tie_word_embeddings"),
+            rotated_layers=_rotated_layers(raw if family == "smollm3" else {}, layers),
+            qk_norm=family == "qwen3",
+            attention_scale=_number(
+                multipliers, "attention_multiplier", 1.0 if multipliers else head_dim**-0.5
+            ),
+            embedding_scale=_number(multipliers, "embedding_multiplier", 1.0),
+            residual_scale=_number(multipliers, "residual_multiplier", 1.0),
+            logits_scale=1 / _nonzero(multipliers, "logits_scaling"),
+            tie_word_embeddings=_flag(filled, "tie_word_embeddings"),
             qkv_bias=qkv_bias,
             # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
             output_bias=qkv_bias and not is_qwen2,
-            mlp_bias=not is_qwen2 and _flag(raw, "mlp_bias"),
+            mlp_bias=family in ("llama", "smollm3", "granite") and _flag(raw, "mlp_bias"),
             streams=raw.get("parscale_n", 1),
             prefix_length=raw.get("parscale_n_tokens", 48),
             smoothing=raw.get("parscale_attn_smooth", 0.01),
@@ -177,6 +209,9 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     q, kv = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
 
+    def norm(module: str, width: int) -> None:
+        shapes[f"{module}.weight"] = (width,)
+
     def linear(module: str, rows: int, columns: int, bias: bool) -> None:
         shapes[f"{module}.weight"] = (rows, columns)
         if bias:
@@ -188,22 +223,55 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         linear(f"{layer}.self_attn.k_proj", kv, d, config.qkv_bias)
         linear(f"{layer}.self_attn.v_proj", kv, d, config.qkv_bias)
         linear(f"{layer}.self_attn.o_proj", d, q, config.output_bias)
+        if config.qk_norm:
+            norm(f"{layer}.self_attn.q_norm", config.head_dim)
+            norm(f"{layer}.self_attn.k_norm", config.head_dim)
         linear(f"{layer}.mlp.gate_proj", hidden, d, config.mlp_bias)
         linear(f"{layer}.mlp.up_proj", hidden, d, config.mlp_bias)
         linear(f"{layer}.mlp.down_proj", d, hidden, config.mlp_bias)
-        shapes[f"{layer}.input_layernorm.weight"] = (d,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (d,)
+        norm(f"{layer}.input_layernorm", d)
+        norm(f"{layer}.post_attention_layernorm", d)
         if config.prefix_length:
             prefix = (config.streams, config.num_key_value_heads, config.prefix_length)
             shapes[f"{layer}.self_attn.prefix_k"] = (*prefix, config.head_dim)
             shapes[f"{layer}.self_attn.prefix_v"] = (*prefix, config.head_dim)
-    shapes["model.norm.weight"] = (d,)
+    norm("model.norm", d)
     if config.streams > 1:
         linear("model.aggregator.fc1", d, config.streams * d, True)
         linear("model.aggregator.fc2", config.streams, d, True)
     if not config.tie_word_embeddings:
         linear("lm_head", config.vocab_size, d, False)
     return shapes
+
+
+def _nonzero(raw: dict[str, Any], name: str) -> float:
+    value = _number(raw, name, 1.0)
+    if value == 0:
+        raise ValueError(f"{name} is 0, where another number is needed")
+    return value
+
+
+def _rotated_layers(raw: dict[str, Any], layers: int) -> tuple[bool, ...]:
+    """Which layers have a rotary embedding: SmolLM3's ``no_rope_layers`` says 1 for those."""
+    listed = raw.get("no_rope_layers")
+    if listed is None:
+        every = _positive(raw, "no_rope_layer_interval", 4) if raw else layers + 1
+        return tuple(bool((n + 1) % every) for n in range(layers))
+    if (
+        not isinstance(listed, list)
+        or len(listed) != layers
+        or any(n not in (0, 1) for n in listed)
+    ):
+        raise ValueError(f"no_rope_layers is not a list of {layers} numbers, 0 or 1")
+    return tuple(map(bool, listed))
+
+
+def _check_window(window: Any, context: int) -> None:
+    if window is not None and (not _is_whole(window) or window < context):
+        raise ValueError(
+            f"sliding_window {window!r} is less than max_position_embeddings {context}: only full "
+            "attention is supported"
+        )
 
 
 def _is_whole(value: Any) -> bool:

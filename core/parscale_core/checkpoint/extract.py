@@ -106,10 +106,11 @@ def extract(
 
 
 def _check_sizes(whole: Checkpoint, plain: Checkpoint) -> None:
-    if whole.config.streams == 1:
+    if not whole.config.prefix_length:
         raise ValueError(f"{whole.folder}: has one stream, so there is nothing to take out")
-    if plain.config.streams > 1:
-        raise ValueError(f"{plain.folder}: has {plain.config.streams} streams; a backbone has one")
+    if plain.config.prefix_length:
+        count = plain.config.streams
+        raise ValueError(f"{plain.folder}: has {count} streams of its own; a backbone has none")
     if whole.config.family != plain.config.family:
         raise ValueError(
             f"{plain.folder}: a model of the family {plain.config.family}, and {whole.folder} is "

@@ -13,7 +13,11 @@ from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.gguf.container import GGUF, Tensor
 from parscale_core.checkpoint.gguf.tokenizer import end_tokens, token_id
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 ROPE_FACTORS = "rope_freqs.weight"
 READ = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",

@@ -1,4 +1,4 @@
-"""Read a GGUF file of the Llama or Qwen2 family into a Hugging Face-like folder.
+"""Read a GGUF file of the Llama, Qwen2 or Qwen3 family into a Hugging Face-like folder.
 
 The ``gguf`` package dequantises the tensors; here they get their published names and layout back.
 """
@@ -27,6 +27,8 @@ NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -54,7 +56,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Open a GGUF file of a Llama or Qwen2 model.
+    """Open a GGUF file of a Llama, Qwen2 or Qwen3 model.
 
     Raises:
         ValueError: the file is truncated or not GGUF, is no whole model of a supported
@@ -109,7 +111,7 @@ def tensor_shapes(file: GGUF) -> dict[str, tuple[int, ...]]:
     """The tensors by their published names, and their shapes.
 
     Raises:
-        ValueError: a Llama or Qwen2 model has no tensor of such a name.
+        ValueError: the model has no tensor of such a name.
     """
     return {
         published_name(file.path, t.name): t.shape for t in file.tensors if t.name != ROPE_FACTORS
@@ -132,7 +134,7 @@ def published_name(path: Path, name: str) -> str:
     """The Hugging Face name of a GGUF tensor.
 
     Raises:
-        ValueError: a Llama or Qwen2 model has no such tensor.
+        ValueError: the model has no such tensor.
     """
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match is None or match[2] not in NAMES:

@@ -238,7 +238,7 @@ def _merges(vocabulary: dict[str, int], scores: np.ndarray) -> list[tuple[str, s
 
 def _rule(file: GGUF) -> str:
     rule = file.text("tokenizer.ggml.pre")
-    if rule is None and file.text("general.architecture") == "qwen2":
+    if rule is None and file.text("general.architecture") in ("qwen2", "qwen3"):
         return "qwen2"
     return rule or "(missing)"
 
