@@ -18,6 +18,7 @@ from adapters import split
 from cases import GOLDEN, OPERATORS, batches
 from parscale_core.engine import Request, Sampling, grammar
 from parscale_export import OnnxEngine, OnnxModel, export_onnx, open_engine
+from parscale_export.runtime.prefill import Growing
 from parscale_export.runtime.sampling import choose, generator
 from test_request_state import BYTES, SCRIPTS, decoded
 from tiny_models import write_tokenizer
@@ -341,6 +342,21 @@ def test_logits_that_are_not_numbers_end_their_own_answer(p1, monkeypatch):
     for handle in (handles[0], handles[-1]):
         with pytest.raises(ArithmeticError, match=r"model\.onnx: the logits have NaN"):
             list(handle)
+
+
+def test_a_prompt_that_cannot_be_computed_ends_alone(p1, monkeypatch):
+    def extend(self, tokens, whole=Growing.extend):
+        if len(tokens) > 80:
+            raise RuntimeError("out of\nmemory")
+        return whole(self, tokens)
+
+    monkeypatch.setattr(Growing, "extend", extend)
+    batch = batches("p1")[0]
+    handles = [p1.submit(Request(p, sampling=TWELVE)) for p in (*batch.prompts, [1] * 90)]
+    assert [tokens(handle) for handle in handles[:-1]] == batch.tokens.tolist()
+    with pytest.raises(RuntimeError, match="the prompt cannot be computed: out of memory"):
+        list(handles[-1])
+    assert p1.statistics()["running"] == 0
 
 
 def test_a_failure_ends_all_answers_with_a_line(p1, monkeypatch):

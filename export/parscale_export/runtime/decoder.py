@@ -132,7 +132,12 @@ class Decoder:
         if self.model.takes_chunks:
             size = min(self.model.prefill_chunk, TOGETHER if bounded else size)
         part = row.tokens[growing.length : growing.length + size]
-        results = growing.extend(part)
+        try:
+            results = growing.extend(part)
+        except Exception as error:  # onnxruntime's own have no common class; memory, most likely
+            self._filling = None
+            row.fail(_prompt_failed(error))
+            return
         if growing.length == len(row.tokens):
             self._filling = None
             self._take(row, results, 0)
@@ -146,7 +151,12 @@ class Decoder:
             if longest * (len(rows) + 1) > TOGETHER or self._find(self.waiting[0]) is not None:
                 break
             rows.append(self.waiting.popleft())
-        stored, results = compute_together(self.model, [row.tokens for row in rows])
+        try:
+            stored, results = compute_together(self.model, [row.tokens for row in rows])
+        except Exception as error:
+            for row in rows:
+                row.fail(_prompt_failed(error))
+            return
         for n, row in enumerate(rows):
             self._take(row, results, n)
             self._enter(row, stored[n])
@@ -177,3 +187,8 @@ class Decoder:
             row.fail(error)
             return
         row.take(logits, results[1][n, -1] if len(results) > 1 else None)
+
+
+def _prompt_failed(error: Exception) -> RuntimeError:
+    # The running rows' entries are elsewhere, so that they go on.
+    return RuntimeError(f"the prompt cannot be computed: {' '.join(str(error).split())[:300]}")

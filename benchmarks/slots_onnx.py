@@ -1,0 +1,115 @@
+"""Tokens a second of the engine on onnxruntime: several requests at a time, and one by one.
+
+    python benchmarks/slots_onnx.py [--slots 1,8] [--streams 1] [--kv-layout batch] [--json]
+
+A random model in the shape of SmolLM2-135M, float32 unless --precision says otherwise, on the CPU.
+--requests prompts of 32 to 96 tokens are answered with --tokens tokens each, prompts and all. Each
+number of slots is an engine in a process of its own, and all take turns, so that what else the
+machine does touches all of them; the first turn warms up, the medians of the others count. With one
+slot, a request is submitted when the one before it is answered. All must give the same tokens.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from generate_onnx import REST, SMOLLM2, write_checkpoint
+from parscale_core.engine import Request, Sampling
+from parscale_export import OnnxEngine, OnnxModel, export_onnx
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+
+def requests(count: int, tokens: int) -> list[Request]:
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 1000, random.integers(32, 97)).tolist() for _ in range(count)]
+    return [Request(prompt, sampling=Sampling(max_tokens=tokens)) for prompt in prompts]
+
+
+def answer(folder: Path, slots: int, threads: int | None, connection) -> None:
+    """Answer all requests whenever told to; send the seconds and the tokens."""
+    vocabulary = {f"t{n}": n for n in range(SMOLLM2["vocab_size"])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    # Kept caches would spare the prompts of every turn but the first.
+    model = OnnxModel(folder, "cpu", threads=threads)
+    engine = OnnxEngine(model, tokenizer, [], slots=slots, kept_bytes=0)
+    connection.send(None)
+    while asked := connection.recv():
+        begin = time.perf_counter()
+        if slots == 1:
+            answers = [[piece.token for piece in engine.submit(request)] for request in asked]
+        else:
+            handles = [engine.submit(request) for request in asked]
+            answers = [[piece.token for piece in handle] for handle in handles]
+        connection.send((time.perf_counter() - begin, answers))
+
+
+def start(folder: Path, slots: int, threads: int | None):
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    arguments = (folder, slots, threads, theirs)
+    context.Process(target=answer, args=arguments, daemon=True).start()
+    theirs.close()
+    connection.recv()
+    return connection
+
+
+def measure(
+    folder: Path, slots: list[int], asked: list[Request], repeats: int, threads: int | None
+) -> dict[int, float]:
+    """Tokens a second by number of slots."""
+    sides = {count: start(folder, count, threads) for count in slots}
+    seconds: dict[int, list[float]] = {count: [] for count in slots}
+    expected = None
+    for turn in range(repeats + 1):
+        for count, side in sides.items():
+            time.sleep(REST)
+            side.send(asked)
+            took, answers = side.recv()
+            expected = expected or answers
+            if answers != expected:
+                wrong = sum(a != b for a, b in zip(answers, expected, strict=True))
+                print(f"{wrong} answers with {count} slots are not the same", file=sys.stderr)
+            if turn > 0:
+                seconds[count].append(took)
+    tokens = sum(request.sampling.max_tokens for request in asked)
+    return {count: tokens / statistics.median(values) for count, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--slots", default="1,8", help="numbers of slots (default 1,8)")
+    parser.add_argument("--streams", type=int, default=1, help="P (default 1)")
+    parser.add_argument("--kv-layout", default="batch", help="batch or heads (default batch)")
+    parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default fp32)")
+    parser.add_argument("--requests", type=int, default=16, help="how many (default 16)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer (default 48)")
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns (default 3)")
+    parser.add_argument("--threads", type=int, help="of an operator (default: one a core)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    slots = [int(n) for n in args.slots.split(",")]
+    with tempfile.TemporaryDirectory() as work:
+        checkpoint = write_checkpoint(Path(work) / "model", SMOLLM2, args.streams)
+        folder = export_onnx(
+            checkpoint, Path(work) / "out", kv_layout=args.kv_layout, precision=args.precision
+        )
+        asked = requests(args.requests, args.tokens)
+        results = measure(folder, slots, asked, args.repeats, args.threads)
+    if args.json:
+        print(json.dumps(results))
+        return
+    first = results[slots[0]]
+    for count, speed in results.items():
+        print(f"{count:4} slots {speed:8.1f} tokens/s {speed / first:6.2f}x")
+
+
+if __name__ == "__main__":
+    main()
