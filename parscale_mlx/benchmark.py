@@ -12,7 +12,7 @@ from parscale_mlx.model import Aggregator, Model
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import llama, qwen2
+from mlx_lm.models import granite, llama, qwen2, qwen3, smollm3
 from mlx_lm.models.cache import make_prompt_cache
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.names import is_stream_tensor
@@ -43,6 +43,12 @@ QWEN2_5_HALF_B = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
+
+
+TWINS = {
+    "qwen2": qwen2, "qwen3": qwen3, "llama": llama, "mistral": llama, "smollm3": smollm3,
+    "granite": granite,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
 def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
     """mlx-lm's own class over the same weights."""
     family = config["model_type"].removesuffix("_parscale")
-    theirs: Any = {"llama": llama, "qwen2": qwen2}[family]
+    theirs: Any = TWINS[family]
     twin = theirs.Model(theirs.ModelArgs.from_dict(config | {"model_type": family}))
     _fill(twin, backbone, config)
     return twin

@@ -8,17 +8,26 @@ import json
 import shutil
 from pathlib import Path
 
+from parscale_core.checkpoint.config import family_of
+
 MODEL_FILE = "qwen2_parscale.py"
 # What mlx-lm's rotary embeddings compute as transformers does.
 ROPE_TYPES = ("default", "linear", "llama3")
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 
 
 def check_model_file(config: dict) -> None:
     """Whether the model file computes what a configuration says.
 
     Raises:
-        ValueError: the rotary embedding is of a type that mlx-lm computes otherwise.
+        ValueError: it is of another family, or its rotary embedding is of a type that mlx-lm
+            computes otherwise.
     """
+    if family_of(config["model_type"]) not in FAMILIES:
+        raise ValueError(
+            f"model_type {config['model_type']!r}: a model file is written for "
+            f"{', '.join(FAMILIES)}"
+        )
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:

@@ -1,5 +1,5 @@
 # Apache-2.0. ParScale decoders (arXiv 2505.10475) for mlx-lm, in one file.
-"""Qwen2 and Llama with P parallel streams.
+"""Qwen2, Qwen3, Llama and Mistral with P parallel streams.
 
 The streams of a sequence are folded into the attention heads, [B, P * heads, L, head_dim], and
 their prefixes are the first entries of the KV cache, so mlx-lm's generators, server, trainers and
@@ -48,7 +48,9 @@ class ModelArgs(BaseModelArgs):
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        if not self.head_dim:
+            qwen3 = self.model_type.startswith("qwen3")
+            self.head_dim = 128 if qwen3 else self.hidden_size // self.num_attention_heads
         if self.rope_parameters:
             self.rope_theta = self.rope_parameters.get("rope_theta", self.rope_theta)
             self.rope_scaling = self.rope_scaling or self.rope_parameters
@@ -119,6 +121,9 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(dim, self.n_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(self.n_heads * head_dim, dim, bias=bias and not qwen2)
+        if args.model_type.startswith("qwen3"):
+            self.q_norm = nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
         self.rope = initialize_rope(
             head_dim,
             base=args.rope_theta,
@@ -155,6 +160,8 @@ class Attention(nn.Module):
         queries = heads(self.q_proj(x), self.n_heads)
         keys = heads(self.k_proj(x), self.n_kv_heads)
         values = heads(self.v_proj(x), self.n_kv_heads)
+        if "q_norm" in self:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         past = self.prefix(keys.dtype) if cache is None and "prefix_k" in self else None
         offset = cache.offset if cache is not None else 0 if past is None else past[0].shape[2]
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)

@@ -214,7 +214,7 @@ def test_bad_models(parscale, tmp_path):
     config = json.loads((GOLDEN / "p4" / "config.json").read_text())
     file = tmp_path / "config.json"
     for change, message in (
-        ({"model_type": "gpt2"}, "no model_type among qwen2"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of qwen2"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"vocab_size": None}, "vocab_size is None"),
         ({"num_attention_heads": 3}, "not a multiple"),

@@ -15,6 +15,8 @@ GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
@@ -41,7 +43,7 @@ def golden_weights(folder) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def random_weights(
-    seed: int = 0, *, biases: bool = False, **changes
+    seed: int = 0, *, biases: bool = False, qk_norm: bool = False, **changes
 ) -> tuple[dict[str, np.ndarray], dict]:
     """Weights of a small model with tied embeddings, and its sizes."""
     s = SIZES | changes
@@ -53,6 +55,9 @@ def random_weights(
         shapes[layer + "self_attn.q_proj.weight"] = (q, s["hidden"])
         shapes[layer + "self_attn.k_proj.weight"] = (kv, s["hidden"])
         shapes[layer + "self_attn.v_proj.weight"] = (kv, s["hidden"])
+        if qk_norm:  # as Qwen3 has them
+            shapes[layer + "self_attn.q_norm.weight"] = (s["head_dim"],)
+            shapes[layer + "self_attn.k_norm.weight"] = (s["head_dim"],)
         if biases:  # as Qwen2 has them
             for name in ("q_proj", "k_proj", "v_proj"):
                 rows = shapes[f"{layer}self_attn.{name}.weight"][0]

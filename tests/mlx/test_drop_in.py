@@ -155,6 +155,20 @@ def test_gptq_quantises_with_the_streams_in_place(folder, tmp_path):
     assert difference(quantised(ids), plain(ids)) < 3
 
 
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_other_families(tmp_path, family):
+    pytest.importorskip("torch", reason="transformers makes these models with PyTorch")
+    from made_folders import add_streams, make
+
+    fields = {"sliding_window": None} if family == "mistral" else {"head_dim": 32}
+    whole = add_streams(make(tmp_path / "m", family, **fields), 2, 5)
+    convert(whole, tmp_path / "out", with_model_file=True)
+    ids = mx.array([[5, 6, 7, 8, 9]])
+    ours, _ = parscale_mlx.load_model(whole)
+    theirs, _ = load_model(tmp_path / "out", trust_remote_code=True)
+    assert difference(ours(ids), theirs(ids)) < TOLERANCE
+
+
 def test_rope_that_mlx_lm_computes_otherwise_is_refused(folder, tmp_path):
     source = tmp_path / "yarn"
     shutil.copytree(GOLDEN / "p4", source)

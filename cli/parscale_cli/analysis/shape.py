@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 
-MODEL_TYPES = ("qwen2", "qwen2_parscale", "llama", "llama_parscale")
+from parscale_core.checkpoint.config import ModelConfig
+
+PREFIX = 48  # positions, where streams are only planned
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,14 @@ def _grouped(bits: int, others: int, group: int) -> float:
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen2 or Llama decoder; widths may be fractions where they stand between two models.
+    """A decoder; widths may be fractions where they stand between two models.
 
     Attributes:
         streams: P; 1 for a plain decoder.
         prefix: positions of a stream's prefix.
         prefix_alone: whether one stream has a prefix, too.
         qkv_bias, output_bias, mlp_bias: which projections have biases.
+        qk_norm: whether each layer normalises the heads' queries and keys.
     """
 
     layers: int
@@ -65,6 +68,7 @@ class Shape:
     qkv_bias: bool = True
     output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     streams: int = 1
     prefix: int = 48
     prefix_alone: bool = False
@@ -99,7 +103,7 @@ class Shape:
         biases = self.qkv_bias * (self.query_width + self.kv_width) + self.output_bias * d
         return {
             "biases": self.layers * (biases + self.mlp_bias * (2 * f + d)),
-            "norms": (2 * self.layers + 1) * d,
+            "norms": (2 * self.layers + 1) * d + self.qk_norm * 2 * self.layers * self.head_dim,
             "prefixes": self.layers * p * self.kv_width * self.prefix_positions,
             "aggregator": p * d * d + d + d * p + p if p > 1 else 0,
         }
@@ -201,35 +205,27 @@ def shape_of(config) -> Shape:
     """The shape that a ``config.json``, read already, tells of.
 
     Raises:
-        ValueError: it describes no Qwen2 or Llama decoder; the message names the field.
+        ValueError: it describes no decoder that can be built; the message names the field.
     """
-    if not isinstance(config, dict) or config.get("model_type") not in MODEL_TYPES:
-        raise ValueError(f"no model_type among {', '.join(MODEL_TYPES)}")
-    is_qwen2 = config["model_type"].startswith("qwen2")
-    qkv_bias = config.get("attention_bias")
-    qkv_bias = is_qwen2 if qkv_bias is None else bool(qkv_bias)
-    heads, hidden = _whole(config, "num_attention_heads"), _whole(config, "hidden_size")
-    kv_heads = _whole(config, "num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise ValueError(
-            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
+    if not isinstance(config, dict):
+        raise ValueError("not a JSON object")
+    model = ModelConfig.from_dict(config)
     return Shape(
-        layers=_whole(config, "num_hidden_layers"),
-        hidden=hidden,
-        intermediate=_whole(config, "intermediate_size"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=_whole(config, "head_dim", hidden // heads),
-        vocabulary=_whole(config, "vocab_size"),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
-        # Qwen2 has biases on its queries, keys and values only; Llama on all four or none.
-        output_bias=qkv_bias and not is_qwen2,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        streams=_whole(config, "parscale_n", 1),
-        prefix=_whole(config, "parscale_n_tokens", 48),
-        prefix_alone=bool(config.get("parscale_prefix", False)),
+        layers=model.num_hidden_layers,
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        heads=model.num_attention_heads,
+        kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        vocabulary=model.vocab_size,
+        tied=model.tie_word_embeddings,
+        qkv_bias=model.qkv_bias,
+        output_bias=model.output_bias,
+        mlp_bias=model.mlp_bias,
+        qk_norm=model.qk_norm,
+        streams=model.streams,
+        prefix=model.prefix_length or PREFIX,
+        prefix_alone=model.streams == 1 and model.prefix_length > 0,
     )
 
 
