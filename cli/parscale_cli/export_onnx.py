@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 FLOATS = ("fp32", "fp16", "bf16")
-PRECISIONS = (*FLOATS, "int8", "int4")
+PRECISIONS = (*FLOATS, "int8", "int4", "w8a8")
 
 
 @click.command("export-onnx")
@@ -49,7 +49,16 @@ PRECISIONS = (*FLOATS, "int8", "int4")
     help="onnxruntime's fused operators, or ai.onnx opset 23 alone.  [default: fused]",
 )
 @click.option(
-    "--precision", type=click.Choice(PRECISIONS), help="Of the weight matrices.  [default: fp32]"
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Of the weight matrices; w8a8 has 8-bit activations too, for several streams on a CPU.  "
+    "[default: fp32]",
+)
+@click.option(
+    "--calibrate",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Text for w8a8 to measure activations on, like what the model is for; by default ours.",
 )
 @click.option(
     "--activations",
@@ -59,17 +68,17 @@ PRECISIONS = (*FLOATS, "int8", "int4")
 @click.option(
     "--head-precision",
     type=click.Choice(PRECISIONS),
-    help="Of the projection to logits; by default the precision's, int8 for int4.",
+    help="Of the projection to logits; by default the precision's, int8 for int4 and w8a8.",
 )
 @click.option(
     "--embedding-precision",
-    type=click.Choice(PRECISIONS),
-    help="By default that of the activations.",
+    type=click.Choice([*FLOATS, "int8", "int4"]),
+    help="By default int8 where the head is quantised, else that of the activations.",
 )
 @click.option(
     "--aggregator-precision",
     type=click.Choice(PRECISIONS),
-    help="By default that of the activations.",
+    help="By default that of the activations, w8a8 for w8a8.",
 )
 @click.option(
     "--block-size",

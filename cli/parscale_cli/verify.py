@@ -18,6 +18,7 @@ TOLERANCES = {
     "fp16": (0.25, 1e-3),
     "bf16": (2.0, 2e-2),
     "int8": (float("inf"), 2e-2),
+    "w8a8": (float("inf"), 2e-2),
     "int4": (float("inf"), 0.4),
 }
 

@@ -19,12 +19,14 @@ from parscale_core.checkpoint.output import EXPORT, check_output, place, working
 from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export import targets
+from parscale_export.calibrate import calibration_tokens, observe
 from parscale_export.fused import MAX_CUDA_HEADS, context_length
 from parscale_export.graph import Options, build, folded_heads
 from parscale_export.runtime.session import step_file
+from parscale_export.smooth import Smoothing, plan
 from parscale_export.weights import BITS, FLOATS
 
-PRECISIONS = (*FLOATS, *BITS)
+PRECISIONS = (*FLOATS, *BITS, "w8a8")
 LARGE = 1024  # bytes; a larger tensor is kept beside its graph
 _CHOICES = {
     "target": tuple(targets.PRESETS),
@@ -33,7 +35,7 @@ _CHOICES = {
     "precision": PRECISIONS,
     "activations": tuple(FLOATS),
     "head_precision": PRECISIONS,
-    "embedding_precision": PRECISIONS,
+    "embedding_precision": (*FLOATS, *BITS),
     "aggregator_precision": PRECISIONS,
     "accuracy_level": (0, 1, 2, 3, 4),
 }
@@ -54,6 +56,7 @@ def export_onnx(
     head_precision: str | None = None,
     embedding_precision: str | None = None,
     aggregator_precision: str | None = None,
+    calibrate: str | Path | None = None,
     block_size: int = 32,
     accuracy_level: int = 4,
     force: bool = False,
@@ -72,16 +75,21 @@ def export_onnx(
             an ordinary decoder's interface, for runtimes that know nothing of streams).
         ops: "fused" (default; onnxruntime's GroupQueryAttention and MatMulNBits) or "standard"
             (ai.onnx opset 23 alone).
-        precision: "fp32" (default), "fp16", "bf16", or "int8" or "int4" for the weight matrices.
+        precision: "fp32" (default), "fp16", "bf16", or for the weight matrices "int8", "int4", or
+            "w8a8": 8-bit weights and activations, for several streams on a CPU.
         target: "cuda", "cpu", "genai", "genai-cuda" or "web" sets these three unless they are
             given, and writes the files that onnxruntime-genai and transformers.js read. For CUDA,
             int4 is symmetric: it has no offsets.
         all_logits: logits of every token, [B, L, vocab]; otherwise of the last, [B, 1, vocab].
         aggregation_weights: a second output, float32 [B, L or 1, P]: how much each stream counts.
         activations: "fp32", "fp16" or "bf16", for all that is not quantised; by default that of
-            ``precision``, and for int8 and int4 "fp32" (for CUDA, "fp16").
-        head_precision: of the logits' projection; by default ``precision``, "int8" for int4.
-        embedding_precision, aggregator_precision: by default ``activations``.
+            ``precision``, and for int8, int4 and w8a8 "fp32" (for CUDA, "fp16").
+        head_precision: of the logits' projection; by default ``precision``, "int8" for int4 and
+            w8a8.
+        embedding_precision: by default "int8" where the head is quantised (not for CUDA), else
+            ``activations``.
+        aggregator_precision: by default ``activations``, "w8a8" for w8a8.
+        calibrate: a text file for w8a8 to measure activations on; by default one of ours.
         block_size: columns that share a scale, a power of two from 16.
         accuracy_level: MatMulNBits' own: 4 computes with 8-bit activations, 0 does not round them.
         force: replace an existing export.
@@ -108,6 +116,8 @@ def export_onnx(
         all_logits=all_logits,
         aggregation_weights=aggregation_weights,
     )
+    if calibrate is not None and options.precision != "w8a8":
+        raise ValueError(f"calibrate is for precision w8a8, and this is {options.precision}")
     output = Path(output)
     check_output(output, force=force, marker=EXPORT)
     checkpoint = Checkpoint(source)
@@ -117,12 +127,20 @@ def export_onnx(
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
     longest = max(c.config.prefix_length for c in checkpoints)
     options = replace(options, longest_prefix=longest)
+    chunks = []
+    if options.precision == "w8a8":
+        chunks = calibration_tokens(checkpoint, None if calibrate is None else Path(calibrate))
     with working_folder(output) as work:
+        smoothing = None
+        if chunks:
+            how = plan(checkpoint, observe(checkpoint, chunks, work))
+            smoothing = how.smoothing
+            options = replace(options, kept=how.kept, rotated=how.rotated)
         graph, data = targets.file_names(target, options)
         folder = work / "export"
         (folder / graph).parent.mkdir(parents=True)
         steps = target == "cuda" and options.ops == "fused"
-        _write_models(checkpoints, options, folder / graph, data, progress, steps=steps)
+        _write_models(checkpoints, options, smoothing, folder / graph, data, progress, steps=steps)
         targets.write_side_files(checkpoint.folder, folder, checkpoint.config, options, target)
         place(folder, output, work / "replaced", force=force)
     return output
@@ -175,15 +193,17 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
     precision = precision or preset["precision"]
     if activations is None:
         activations = precision if precision in FLOATS else preset.get("activations", "fp32")
-    head_precision = head_precision or ("int8" if precision == "int4" else precision)
+    # A head has one row for all streams, which MatMulNBits does best; and it is sensitive.
+    head_precision = head_precision or ("int8" if precision in ("int4", "w8a8") else precision)
     options = Options(
         kv_layout=kv_layout,
         ops=ops,
         precision=precision,
         activations=activations,
         head_precision=head_precision,
-        embedding_precision=embedding_precision or activations,
-        aggregator_precision=aggregator_precision or activations,
+        embedding_precision=embedding_precision or _embedding(head_precision, activations, target),
+        aggregator_precision=aggregator_precision
+        or ("w8a8" if precision == "w8a8" else activations),
         block_size=block_size,
         symmetric=target in targets.CUDA,
         accuracy_level=accuracy_level,
@@ -194,6 +214,10 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
         value = getattr(options, name)
         if value in FLOATS and value != activations:
             raise ValueError(f"{name} {value} does not go with activations {activations}")
+    if target in targets.CUDA and "w8a8" in (precision, head_precision, aggregator_precision):
+        raise ValueError(
+            f"w8a8 is for CPUs: target {target} takes the precisions fp16, bf16, int8 and int4"
+        )
     if target in targets.ONE_GRAPH and kv_layout != "heads":
         raise ValueError(f"target {target} needs kv_layout heads: it has no notion of streams")
     if target in targets.GENAI and ops != "fused":
@@ -209,13 +233,17 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
             "int8 and int4 with activations bf16 need ops fused: no runtime has DequantizeLinear "
             "in blocks for bfloat16"
         )
-    if ops == "standard" and options.embedding_precision in BITS:
-        raise ValueError(
-            "a quantised embedding needs ops fused: opset 23 has no gather of quantised blocks"
-        )
+    if ops == "standard" and options.embedding_precision == "int4":
+        raise ValueError("embedding_precision int4 needs ops fused; int8 does not")
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size {block_size} is not a power of two from 16")
     return options
+
+
+def _embedding(head_precision: str, activations: str, target: str | None) -> str:
+    """The embedding's precision by default: a tied head reads the same bytes."""
+    # CUDA's GatherBlockQuantized takes rows for whole blocks, and nobody has run it yet.
+    return activations if head_precision in FLOATS or target in targets.CUDA else "int8"
 
 
 def _check_model(config: ModelConfig, options: Options, folder: Path, target: str | None) -> None:
@@ -235,6 +263,7 @@ def _check_model(config: ModelConfig, options: Options, folder: Path, target: st
 def _write_models(
     checkpoints: list[Checkpoint],
     options: Options,
+    smoothing: Smoothing | None,
     path: Path,
     data: str,
     progress: Callable[[int, int], None] | None,
@@ -246,7 +275,7 @@ def _write_models(
     Args:
         steps: write, for each, a graph of single steps over the same data besides.
     """
-    models = [build(checkpoint, options) for checkpoint in checkpoints]
+    models = [build(checkpoint, options, smoothing) for checkpoint in checkpoints]
     base, done, hashes = models[0], 0, dict[str, str]()
     total = sum(len(_own_weights(model, base)) for model in models)
 

@@ -11,7 +11,7 @@ Attention, norms and what the padding means are in ``fused`` and ``standard``. B
 into the cache themselves, in the call whose ``attention_mask`` is as long as its ``input_ids``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export.quantize import has_remainders, stored_columns
+from parscale_export.smooth import Smoothing
+from parscale_export.w8a8 import gather_columns, gather_rows, integer_product, rounded_rows
 from parscale_export.weights import BITS, Weights
 
 OPSET = 23
@@ -46,6 +48,10 @@ class Options:
     # A graph of single steps, of one token each after a first call: it needs no prefix, and no
     # padding to see to. Of fused operators only.
     step: bool = False
+    # Matrices that stay int8 where the precision is w8a8, by the names of their modules.
+    kept: frozenset[str] = frozenset()
+    # Those of the others whose activations are rotated.
+    rotated: frozenset[str] = frozenset()
     # The longest prefix of all graphs over the same data: their rotary tables are one.
     longest_prefix: int = 0
 
@@ -60,6 +66,9 @@ class Builder(ir.tape.Tape):
         self._tensors: dict[str, ir.Value] = {}
         self._with_sums: dict[ir.Value, ir.Value] = {}
         self._zero_columns: dict[int, ir.Value] = {}
+        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        # Which matrices each activation is multiplied with; see ``calibrate``.
+        self.products: dict[ir.Value, list[str]] = {}
 
     def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any):
         return self.op(op, inputs, attributes, domain=domain)
@@ -86,6 +95,14 @@ class Builder(ir.tape.Tape):
 
     def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
         return self("Cast", x, to=dtype.value)
+
+    def as_float32(self, x: ir.Value) -> ir.Value:
+        """An activation in float32."""
+        return x if self.weights.dtype == ir.DataType.FLOAT else self.cast(x, ir.DataType.FLOAT)
+
+    def as_activation(self, x: ir.Value) -> ir.Value:
+        """A float32 value in the activations' type."""
+        return x if self.weights.dtype == ir.DataType.FLOAT else self.cast(x, self.weights.dtype)
 
     def dimension(self, x: ir.Value, axis: int) -> ir.Value:
         """One dimension's size, int64 [1]."""
@@ -117,7 +134,13 @@ class Builder(ir.tape.Tape):
         """A projection [..., columns] to [..., rows]; several modules are stacked into one."""
         name = modules[0] if len(modules) == 1 else _joint_name(modules)
         sources = tuple(f"{module}.weight" for module in modules)
-        if precision in BITS:
+        self.products.setdefault(x, []).extend(modules)
+        if precision == "w8a8" and modules[0] in self.options.kept:
+            precision = "int8"
+        if precision == "w8a8":
+            rotated = modules[0] in self.options.rotated
+            y = self._integer_product(x, name, sources, (rows, columns), rotated)
+        elif precision in BITS:
             y = self._quantized_matmul(x, name, sources, rows, columns, BITS[precision])
         else:
             weight = self.weights.floats(
@@ -133,6 +156,20 @@ class Builder(ir.tape.Tape):
     def _bias(self, name: str, sources: tuple[str, ...]) -> ir.Value:
         rows = sum(self.weights.checkpoint.shape(source)[0] for source in sources)
         return self.tensor(self.weights.floats(name, (rows,), lambda: self.weights.array(sources)))
+
+    def _integer_product(
+        self,
+        x: ir.Value,
+        name: str,
+        sources: tuple[str, ...],
+        shape: tuple[int, int],
+        rotated: bool,
+    ) -> ir.Value:
+        if x not in self._rounded:
+            self._rounded[x] = rounded_rows(self, x, shape[1], rotated=rotated)
+        stored = self.weights.channels(name, sources, shape, rotated=rotated)
+        codes, scales = map(self.tensor, stored)
+        return self.as_activation(integer_product(self, self._rounded[x], codes, scales))
 
     def _quantized_matmul(
         self, x: ir.Value, name: str, sources: tuple[str, ...], rows: int, columns: int, bits: int
@@ -182,13 +219,25 @@ class Builder(ir.tape.Tape):
         self._zero_columns.clear()
 
 
-def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
-    """The whole model; its large tensors are lazy, nothing is read from the checkpoint yet."""
+def build(
+    checkpoint: Checkpoint,
+    options: Options,
+    smoothing: Smoothing | None = None,
+    observe: Callable[[Builder], list[ir.Value]] | None = None,
+) -> ir.Model:
+    """The whole model; its large tensors are lazy, nothing is read from the checkpoint yet.
+
+    Args:
+        smoothing: what to scale the weights with.
+        observe: given the finished graph's builder, values that become its only outputs.
+    """
     from parscale_export.fused import FusedOperators
     from parscale_export.standard import StandardOperators
 
     config = checkpoint.config
-    weights = Weights(checkpoint, options.activations, options.block_size, options.symmetric)
+    weights = Weights(
+        checkpoint, options.activations, options.block_size, options.symmetric, smoothing
+    )
     b = Builder(config, options, weights)
     inputs, pasts = _inputs(config, options, weights.dtype)
     token_ids, mask = inputs
@@ -221,9 +270,10 @@ def build(checkpoint: Checkpoint, options: Options) -> ir.Model:
     outputs = [_output(logits, "logits", config.vocab_size, options)]
     if stream_weights is not None and options.aggregation_weights:
         outputs.append(_output(stream_weights, "aggregation_weights", config.streams, options))
+    outputs = [*outputs, *presents] if observe is None else observe(b)
     graph = ir.Graph(
         [*inputs, *(value for past in pasts for value in past)],
-        [*outputs, *presents],
+        outputs,
         nodes=b.nodes,
         initializers=b.initializers,
         opset_imports={"": OPSET} | ({MICROSOFT: 1} if options.ops == "fused" else {}),
@@ -278,21 +328,39 @@ def _output(value: ir.Value, name: str, width: int, options: Options) -> ir.Valu
 
 def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
     name, shape = "model.embed_tokens", (b.config.vocab_size, b.config.hidden_size)
-    sources = (f"{name}.weight",)
-    if b.options.embedding_precision in BITS:
-        bits = BITS[b.options.embedding_precision]
-        # With 8 bits, the table may be the head's matrix too.
-        stored = name if bits == 8 else f"{name}.table"
-        codes, scales, zeros = b.weights.codes(stored, sources, shape, bits, remainders=False)
-        table = b("Reshape", b.tensor(codes), b.constant([shape[0], -1]))
-        points = [] if zeros is None else [b.tensor(zeros)]
-        return b(
-            "GatherBlockQuantized", table, token_ids, b.tensor(scales), *points,
-            domain=MICROSOFT, bits=bits, block_size=b.options.block_size,
-            gather_axis=0, quantize_axis=1,
-        )  # fmt: skip
-    table = b.tensor(b.weights.floats(sources[0], shape, lambda: b.weights.array(sources)))
-    return b("Gather", table, token_ids, axis=0)
+    sources, options = (f"{name}.weight",), b.options
+    if options.embedding_precision not in BITS:
+        table = b.tensor(b.weights.floats(sources[0], shape, lambda: b.weights.array(sources)))
+        return b("Gather", table, token_ids, axis=0)
+    bits = BITS[options.embedding_precision]
+    head = options.head_precision if b.config.tie_word_embeddings else None
+    if bits == 8 and head == "w8a8":
+        stored = b.weights.channels(name, sources, shape)
+        return b.as_activation(gather_columns(b, *stored, token_ids))
+    if options.ops == "standard" and head == "int8":
+        return _gather_blocks(b, name, token_ids)
+    if options.ops == "standard" or (head is None and options.precision == "w8a8"):
+        stored = b.weights.channels(f"{name}.table", sources, shape, table=True)
+        return b.as_activation(gather_rows(b, *stored, token_ids))
+    # With 8 bits, the table may be the head's matrix too.
+    stored_name = name if bits == 8 else f"{name}.table"
+    codes, scales, zeros = b.weights.codes(stored_name, sources, shape, bits, remainders=False)
+    table = b("Reshape", b.tensor(codes), b.constant([shape[0], -1]))
+    points = [] if zeros is None else [b.tensor(zeros)]
+    return b(
+        "GatherBlockQuantized", table, token_ids, b.tensor(scales), *points,
+        domain=MICROSOFT, bits=bits, block_size=options.block_size,
+        gather_axis=0, quantize_axis=1,
+    )  # fmt: skip
+
+
+def _gather_blocks(b: Builder, name: str, token_ids: ir.Value) -> ir.Value:
+    """Rows of an embedding that is stored as its head's blocks, for DequantizeLinear."""
+    shape = (b.config.vocab_size, b.config.hidden_size)
+    stored = b.weights.linear_codes(name, (f"{name}.weight",), shape, 8)
+    columns = [b("Gather", b.tensor(tensor), token_ids, axis=1) for tensor in stored]
+    rows = b("DequantizeLinear", *columns, axis=0, block_size=b.options.block_size)
+    return b("Transpose", rows, perm=[1, 2, 0])
 
 
 def _fold(b: Builder, token_ids: ir.Value) -> ir.Value:
@@ -347,7 +415,7 @@ def _head(b: Builder, x: ir.Value) -> ir.Value:
     vocab, d = b.config.vocab_size, b.config.hidden_size
     tied = b.config.tie_word_embeddings
     module = "model.embed_tokens" if tied else "lm_head"
-    if not tied or b.options.head_precision in BITS:
+    if not tied or b.options.head_precision in (*BITS, "w8a8"):
         return b.linear(x, [module], vocab, d, b.options.head_precision)
     # Both ways read the embedding's own rows, so that the file holds them once.
     table = b.tensor(

@@ -13,6 +13,8 @@ from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.finite import not_finite
 
 from parscale_export.quantize import Blocks, pack, quantize
+from parscale_export.smooth import Smoothing
+from parscale_export.w8a8 import rotate_blocks, round_channels
 
 FLOATS = {
     "fp32": (ir.DataType.FLOAT, np.dtype(np.float32)),
@@ -29,16 +31,23 @@ class Weights:
         activations: "fp32", "fp16" or "bf16", the type of everything that is not quantised.
         block_size: columns that share a scale, in quantised matrices.
         symmetric: matrices of 4 bits have no offsets; see ``quantize``.
+        smoothing: what to scale the weights with.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, activations: str, block_size: int, symmetric: bool = False
+        self,
+        checkpoint: Checkpoint,
+        activations: str,
+        block_size: int,
+        symmetric: bool = False,
+        smoothing: Smoothing | None = None,
     ):
-        self.checkpoint = checkpoint
+        self.checkpoint, self.smoothing = checkpoint, smoothing
         self.dtype, self.numpy_dtype = FLOATS[activations]
         self.block_size, self.symmetric = block_size, symmetric
         # A quantised matrix gives two or three tensors, written one after the other.
         self._quantized = lru_cache(maxsize=1)(self._quantize)
+        self._channels = lru_cache(maxsize=1)(self._round_channels)
 
     def has(self, name: str) -> bool:
         return name in self.checkpoint
@@ -48,6 +57,9 @@ class Weights:
         tensors = [self.checkpoint.tensor(name) for name in names]
         for name, tensor in zip(names, tensors, strict=True):
             _check_finite(name, tensor)
+        if self.smoothing is not None:
+            pairs = zip(names, tensors, strict=True)
+            tensors = [self.smoothing.apply(name, tensor) for name, tensor in pairs]
         return tensors[0] if len(tensors) == 1 else np.concatenate(tensors)
 
     def floats(
@@ -95,6 +107,42 @@ class Weights:
             lambda: pack(_present(quantized().zero_points), bits),
         )  # fmt: skip
         return codes, scales, zeros
+
+    def channels(
+        self,
+        name: str,
+        sources: tuple[str, ...],
+        shape: Sequence[int],
+        *,
+        rotated: bool = False,
+        table: bool = False,
+    ) -> tuple[ir.LazyTensor, ir.LazyTensor]:
+        """A matrix [out, in] with a scale a row: int8 codes [in, out], float32 scales [out].
+
+        Args:
+            rotated: blocks of its columns are mixed, see ``w8a8.rotate_blocks``.
+            table: the codes stay [out, in], to be looked up by rows.
+        """
+        rows, columns = shape
+
+        def codes() -> np.ndarray:
+            whole = self._channels(sources, rotated)[0]
+            return whole if table else np.ascontiguousarray(whole.T)
+
+        stored = (rows, columns) if table else (columns, rows)
+        return (
+            lazy(f"{name}.codes", stored, ir.DataType.INT8, codes),
+            lazy(
+                f"{name}.scales", (rows,), ir.DataType.FLOAT,
+                lambda: self._channels(sources, rotated)[1],
+            ),
+        )  # fmt: skip
+
+    def _round_channels(
+        self, sources: tuple[str, ...], rotated: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        weight = self.array(sources).astype(np.float32)
+        return round_channels(rotate_blocks(weight) if rotated else weight)
 
     def linear_codes(
         self, name: str, sources: tuple[str, ...], shape: Sequence[int], bits: int

@@ -17,7 +17,7 @@ HOST_INPUTS = {
 # Operators of the fused graphs that have a CUDA kernel for the types they are used with.
 CUDA_KERNELS = {
     "Add", "Cast", "Concat", "CumSum", "Equal", "Expand", "Gather", "GatherElements", "GatherND",
-    "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "Min", "Mod", "Mul", "RMSNormalization",
+    "GatherBlockQuantized", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "Min", "Mod", "Mul", "RMSNormalization",
     "Range", "ReduceSum", "Reshape", "Sigmoid", "SkipSimplifiedLayerNormalization", "Slice",
     "Softmax", "Split", "Squeeze", "Sub", "Tile", "Unsqueeze", "Where",
 }  # fmt: skip

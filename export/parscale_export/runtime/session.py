@@ -267,6 +267,8 @@ def open_session(
     options.log_severity_level = 4  # what it would log comes as an exception
     # For quantised matrices in standard operators, which onnxruntime turns into MatMulNBits.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", accuracy_level)
+    # For w8a8 on x86 processors without VNNI: sums of two products that do not saturate.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     for tensor, value in (weights or {}).items():

@@ -1,0 +1,117 @@
+"""A run of the float model over some text, to see what its activations are like."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from parscale_core.checkpoint.tensors import Checkpoint
+from tokenizers import Tokenizer
+
+from parscale_export.graph import Builder, Options, build
+from parscale_export.runtime.session import CPU
+from parscale_export.smooth import Site
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+CHUNK = 256  # tokens of a run
+ROWS = 2048  # how many rows (streams times tokens) are enough
+SAMPLES = 128  # how many of them are kept
+
+
+def calibration_tokens(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
+    """Chunks of ``text`` (by default ours) in the model's tokens.
+
+    A model without a tokenizer is run over arbitrary tokens, unless a text is given.
+
+    Raises:
+        ValueError: the text is too short or not UTF-8, or there is no tokenizer for it.
+        FileNotFoundError: there is no such text.
+    """
+    file, streams = checkpoint.folder / "tokenizer.json", checkpoint.config.streams
+    count = max(ROWS // streams, 2 * CHUNK)
+    if not file.is_file():
+        if text is not None:
+            raise ValueError(f"{checkpoint.folder}: no tokenizer.json to read {text} with")
+        random = np.random.default_rng(0)
+        ids = random.integers(0, checkpoint.config.vocab_size, count).tolist()
+    else:
+        ids = _encode(file, text or DEFAULT_TEXT)[:count]
+    chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+    return [chunk for chunk in chunks if len(chunk) == CHUNK or len(chunks) == 1]
+
+
+def _encode(tokenizer: Path, text: Path) -> list[int]:
+    if not text.is_file():
+        raise FileNotFoundError(f"{text}: no such file to calibrate with")
+    try:
+        content = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{text}: not UTF-8 text: {error}") from error
+    ids = Tokenizer.from_file(str(tokenizer)).encode(content).ids
+    if len(ids) < 32:
+        raise ValueError(
+            f"{text}: {len(ids)} tokens are too few to calibrate with; give 32 or more"
+        )
+    return ids
+
+
+def observe(checkpoint: Checkpoint, chunks: list[list[int]], work: Path) -> list[Site]:
+    """Run the float32 model over chunks of tokens, and see what its layers' products read.
+
+    Args:
+        work: a folder for the float graph, which is as large as the model in float32.
+    """
+    config = checkpoint.config
+    rows = sum(map(len, chunks)) * config.streams
+    observed: dict[str, tuple[str, ...]] = {}
+
+    def outputs(b: Builder) -> list[ir.Value]:
+        values = []
+        for x, modules in b.products.items():
+            if not modules[0].startswith("model.layers."):
+                continue  # see ``smooth``: there is nothing before them to take the scales
+            columns = checkpoint.shape(f"{modules[0]}.weight")[1]
+            flat = b("Reshape", x, b.constant([-1, columns]))
+            sample = b(
+                "Slice", flat, b.constant([0]), b.constant([rows]), b.constant([0]),
+                b.constant([max(1, rows // SAMPLES)]),
+            )  # fmt: skip
+            observed[modules[0]] = tuple(modules)
+            sample.name, sample.type = modules[0], ir.TensorType(ir.DataType.FLOAT)
+            values.append(sample)
+        return values
+
+    options = Options(ops="standard" if config.head_dim % 16 else "fused")
+    model = build(checkpoint, options, observe=outputs)
+    RemoveUnusedNodesPass()(model)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        file = Path(folder) / "float.onnx"
+        ir.save(model, file, external_data="float.data", size_threshold_bytes=1024)
+        seen = _run(file, chunks, config.streams)
+    return [
+        Site(modules, np.concatenate([values[name] for values in seen]))
+        for name, modules in observed.items()
+    ]
+
+
+def _run(file: Path, chunks: list[list[int]], streams: int) -> list[dict[str, np.ndarray]]:
+    """The graph's outputs by name, for each chunk."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    # The weights then stay in their file, mapped, and are not copied.
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    session = ort.InferenceSession(str(file), options, providers=[CPU])
+    feed = {
+        value.name: np.zeros((streams, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+    names = [output.name for output in session.get_outputs()]
+    seen = []
+    for chunk in chunks:
+        ids = np.array([chunk])
+        feed |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        seen.append(dict(zip(names, session.run(None, feed), strict=True)))
+    return seen
