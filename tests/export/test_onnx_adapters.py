@@ -80,7 +80,7 @@ def external(file) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("ops", OPERATORS)
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4", "w8a8"])
 def test_the_backbone_is_stored_once(p4, tmp_path, ops, precision):
     backbone, *adapters = p4
     options = {"ops": ops, "precision": precision}

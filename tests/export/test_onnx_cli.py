@@ -19,7 +19,7 @@ def parscale():
     return lambda *arguments: CliRunner().invoke(cli, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4", "w8a8"])
 def test_export_and_verify(parscale, tmp_path, precision):
     output = tmp_path / "out"
     exported = parscale("export-onnx", "--model", P4, "-o", output, "--precision", precision)

@@ -16,10 +16,11 @@ HOST_INPUTS = {
 }  # fmt: skip
 # Operators of the fused graphs that have a CUDA kernel for the types they are used with.
 CUDA_KERNELS = {
-    "Add", "Cast", "Concat", "CumSum", "Equal", "Expand", "Gather", "GatherElements", "GatherND",
-    "GatherBlockQuantized", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "Min", "Mod", "Mul", "RMSNormalization",
-    "Range", "ReduceSum", "Reshape", "Sigmoid", "SkipSimplifiedLayerNormalization", "Slice",
-    "Softmax", "Split", "Squeeze", "Sub", "Tile", "Unsqueeze", "Where",
+    "Add", "Cast", "Concat", "CumSum", "Equal", "Expand", "Gather", "GatherBlockQuantized",
+    "GatherElements", "GatherND", "Gemm", "GroupQueryAttention", "MatMul", "MatMulNBits", "Min",
+    "Mod", "Mul", "RMSNormalization", "Range", "ReduceSum", "Reshape", "Sigmoid",
+    "SkipSimplifiedLayerNormalization", "Slice", "Softmax", "Split", "Squeeze", "Sub", "Tile",
+    "Unsqueeze", "Where",
 }  # fmt: skip
 
 

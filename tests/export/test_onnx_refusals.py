@@ -132,7 +132,11 @@ OPTIONS = {
         {"ops": "standard", "precision": "int4", "activations": "bf16"},
         "bf16 need ops fused",
     ),
-    "embedding": ({"ops": "standard", "embedding_precision": "int8"}, "needs ops fused"),
+    "embedding": ({"ops": "standard", "embedding_precision": "int4"}, "needs ops fused"),
+    "w8a8 embedding": ({"embedding_precision": "w8a8"}, "'w8a8' is not one of"),
+    "w8a8 on cuda": ({"target": "cuda", "precision": "w8a8"}, "w8a8 is for CPUs"),
+    "calibrate": ({"precision": "int8", "calibrate": "x.txt"}, "calibrate is for precision w8a8"),
+    "no tokenizer": ({"precision": "w8a8", "calibrate": "x.txt"}, "no tokenizer.json to read x"),
     "mixed": ({"precision": "fp16", "activations": "fp32"}, "does not go with activations"),
 }
 
