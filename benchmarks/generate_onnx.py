@@ -16,6 +16,10 @@ graphs run:
   (where it, PyTorch and transformers are installed);
 - PyTorch: the structure of the published code, streams as rows of a batch, caches grown by
   concatenation (where PyTorch and transformers are installed).
+
+With --provider cuda: our exports for CUDA, genai's graph (where onnxruntime-genai-cuda is), and the
+same weights in MLX where its CUDA build is (mlx[cuda13]). --device names the card, for the share of
+its bandwidth that decoding reads weights with: of what is read once a token, over the time.
 """
 
 import argparse
@@ -33,8 +37,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from parscale_cli.analysis.devices import DEVICES
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_export import OnnxModel, export_onnx
+from parscale_export.weights import BITS
 from safetensors.numpy import save_file
 
 PREFIX = 48
@@ -81,8 +87,8 @@ def write_checkpoint(folder: Path, config: dict, streams: int) -> Path:
     return folder
 
 
-def runner_side(folder: Path, threads: int) -> Side:
-    model = OnnxModel(folder, "cpu", threads=threads)
+def runner_side(folder: Path, threads: int, provider: str = "cpu") -> Side:
+    model = OnnxModel(folder, provider, threads=threads)
     return lambda ids, tokens: model.stream([ids], tokens)
 
 
@@ -108,7 +114,40 @@ def naive_side(folder: Path, streams: int, threads: int) -> Side:
     return run
 
 
-def build_genai(checkpoint: Path, threads: int, output: Path) -> None:
+def mlx_side(folder: Path, precision: str) -> Side:
+    import parscale_mlx  # before mlx: it loads a fast BLAS
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx_lm.generate import generate_step
+
+    model, _ = parscale_mlx.load_model(folder)
+    model.set_dtype(mx.bfloat16 if precision == "bf16" else mx.float16)
+    if precision in BITS:
+        nn.quantize(model, group_size=32, bits=BITS[precision])
+    mx.eval(model.parameters())
+    return lambda ids, tokens: generate_step(mx.array(ids), model, max_tokens=tokens)
+
+
+def genai_has_cuda() -> bool:
+    import onnxruntime_genai as genai
+
+    if not genai.is_cuda_available():
+        print("genai is left out: this is not onnxruntime-genai-cuda", file=sys.stderr)
+    return genai.is_cuda_available()
+
+
+def mlx_has_cuda() -> bool:
+    import mlx.core as mx
+
+    if not mx.cuda.is_available():
+        print("MLX is left out: its CUDA build is not here (mlx[cuda13])", file=sys.stderr)
+    return mx.cuda.is_available()
+
+
+def build_genai(
+    checkpoint: Path, threads: int, output: Path, provider: str = "cpu", precision: str = "fp32"
+) -> None:
     """The graph of onnxruntime-genai's own builder.
 
     Raises:
@@ -120,7 +159,15 @@ def build_genai(checkpoint: Path, threads: int, output: Path) -> None:
     for name, content in (("vocab.json", '{"a": 0}'), ("merges.txt", "#version: 0.2\n")):
         (checkpoint / name).write_text(content)
     GPT2TokenizerFast.from_pretrained(checkpoint).save_pretrained(checkpoint)
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-p",
+        precision,
+        "-e",
+        provider,
+    ]
     command += ["-i", str(checkpoint), "-o", str(output), "-c", str(output.with_name("cache"))]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
@@ -214,6 +261,39 @@ def build_sides(
     return sides
 
 
+def build_cuda_sides(
+    config: dict, counts: list[int], precision: str, kinds: list[str], threads: int, work: Path
+) -> dict[str, Callable[[], Side]]:
+    """As ``build_sides``, on CUDA."""
+    sides: dict[str, Callable[[], Side]] = {}
+    checkpoints = {n: write_checkpoint(work / f"p{n}", config, n) for n in counts}
+    for streams, folder in checkpoints.items():
+        for kv_layout in ("batch", "heads") if streams > 1 else ("batch",):
+            output = work / f"{kv_layout}-{streams}"
+            export_onnx(folder, output, target="cuda", kv_layout=kv_layout, precision=precision)
+            sides[f"fused {kv_layout} P={streams}"] = partial(runner_side, output, threads, "cuda")
+    with_genai = "genai" in kinds and precision in ("fp16", "int4")
+    if with_genai and installed("genai", GENAI) and genai_has_cuda():
+        plain = write_checkpoint(work / "plain", config, 1)
+        try:
+            build_genai(plain, threads, work / "genai", "cuda", precision)
+            sides["genai P=1"] = partial(genai_side, work / "genai")
+        except RuntimeError as error:
+            print(f"genai is left out: {error}", file=sys.stderr)
+    if "mlx" in kinds and installed("MLX", ("mlx", "mlx_lm")) and mlx_has_cuda():
+        for streams, folder in checkpoints.items():
+            sides[f"MLX P={streams}"] = partial(mlx_side, folder, precision)
+    return sides
+
+
+def weights_read(export: Path, config: dict) -> int:
+    """Bytes of weights that one token needs: all but an embedding that is not the head, too."""
+    size = (export / "model.onnx.data").stat().st_size
+    if not config["tie_word_embeddings"]:
+        size -= 2 * config["vocab_size"] * config["hidden_size"]
+    return size
+
+
 def installed(side: str, packages: tuple[str, ...]) -> bool:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -279,9 +359,11 @@ def measure(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--provider", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", choices=list(DEVICES), help="the card, for its bandwidth")
     parser.add_argument("--config", type=Path, help="a config.json to take the shape from")
     parser.add_argument("--streams", default="1,4,8", help="numbers of streams (default 1,4,8)")
-    parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default fp32)")
+    parser.add_argument("--precision", help="fp32, int8 or int4 (default fp32; on CUDA, fp16)")
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
     parser.add_argument("--repeats", type=int, default=6, help="measured turns (default 6)")
@@ -291,15 +373,21 @@ def main():
         "--cpu-time", action="store_true", help="measure the processor's time, not the clock's"
     )
     parser.add_argument(
-        "--beside", default="naive,genai,pytorch", help="what to run besides (default all three)"
+        "--beside",
+        default="naive,genai,pytorch,mlx",
+        help="what to run besides (default: whatever there is; mlx on CUDA alone)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     config = json.loads(args.config.read_text()) if args.config else SMOLLM2
     counts = [int(n) for n in args.streams.split(",")]
+    on_cuda = args.provider == "cuda"
+    args.precision = args.precision or ("fp16" if on_cuda else "fp32")
+    build = build_cuda_sides if on_cuda else build_sides
     with tempfile.TemporaryDirectory() as work:
         kinds = args.beside.split(",")
-        sides = build_sides(config, counts, args.precision, kinds, args.threads, Path(work))
+        sides = build(config, counts, args.precision, kinds, args.threads, Path(work))
+        size = weights_read(Path(work) / f"batch-{counts[0]}", config)
         ids = [n % 1000 for n in range(args.prompt)]
         results = measure(
             sides,
@@ -313,14 +401,18 @@ def main():
         print(json.dumps(results))
         return
     base = next(iter(results.values()))
+    bandwidth = DEVICES[args.device].bandwidth if args.device else 0
     kind = "processor time" if args.cpu_time else "time"
-    print(f"\n{args.precision}, {kind}, {args.threads} threads, {args.prompt} prompt tokens\n")
-    print(f"{'':20}{'prefill':>14}{'':>8}{'decode':>14}{'':>8}")
+    where = f"{args.threads} threads" if not on_cuda else f"CUDA, {args.device or 'some card'}"
+    print(f"\n{args.precision}, {kind}, {where}, {args.prompt} prompt tokens\n")
+    share = f"{'bandwidth':>11}" if args.device else ""
+    print(f"{'':20}{'prefill':>14}{'':>8}{'decode':>14}{'':>8}{share}")
     for name, result in results.items():
         print(
             f"{name:20}{args.prompt / result['prefill']:>8.1f} tok/s"
             f"{result['prefill'] / base['prefill']:>7.2f}x"
             f"{result['decode'] * 1e3:>9.2f} ms/t{result['decode'] / base['decode']:>8.2f}x"
+            + (f"{size / result['decode'] / bandwidth:>11.0%}" if args.device else "")
         )
 
 
