@@ -31,7 +31,7 @@ from parscale_core.checkpoint.names import is_prefix
 from parscale_core.checkpoint.output import check_output, place, working_folder
 from parscale_core.checkpoint.packaged import SMOLLM2
 from parscale_core.checkpoint.tensors import Checkpoint
-from parscale_core.checkpoint.tokenizer import copy_files
+from parscale_core.checkpoint.tokenizer import check_tokens, copy_files
 from parscale_core.finite import not_finite
 from parscale_core.progress import progress_bar
 from safetensors.numpy import save_file
@@ -271,6 +271,8 @@ def _graft(
     tokenizer = load_tokenizer(folder, config)
     text = graft.default_text() if text is None else text
     pieces = graft.cut_pieces(tokenizer, text, **sizes)
+    for part in (pieces.prefixes, pieces.held_out):
+        check_tokens(map(int, np.array(part).flat), model.args.vocab_size)
     # The model to be written stays on disk, in its own type; this one is there to compute.
     runner, _ = load_model(folder)
     with progress_bar("Grafting", 2 * len(pieces.held_out), "window", progress) as bar:

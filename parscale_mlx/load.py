@@ -20,6 +20,7 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from parscale_core.checkpoint import mlx_quantized
 from parscale_core.checkpoint.adapter import adapter_folders, digest, read_adapter
+from parscale_core.checkpoint.chat import bound_templates
 from parscale_core.checkpoint.config import read_config
 from parscale_core.checkpoint.folder import (
     Entry,
@@ -30,7 +31,7 @@ from parscale_core.checkpoint.folder import (
 )
 from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns
 from parscale_core.checkpoint.tensors import Checkpoint
-from parscale_core.checkpoint.tokenizer import end_tokens, tokenizer_files
+from parscale_core.checkpoint.tokenizer import check_vocabulary, end_tokens, tokenizer_files
 
 
 def load(
@@ -215,17 +216,20 @@ def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
     """
     if not any(folder.glob("tokenizer*")):
         raise FileNotFoundError(f"{folder}: no tokenizer files (tokenizer.json) in this folder")
+    bound_templates()
     # transformers warns of every model_type it has no class for; only its tokenizer is wanted here.
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        return mlx_lm_utils.load_tokenizer(
+        tokenizer = mlx_lm_utils.load_tokenizer(
             folder, {"trust_remote_code": False}, eos_token_ids=end_tokens(folder)
         )
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
         raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+    check_vocabulary(folder, tokenizer, config["vocab_size"])
+    return tokenizer
 
 
 def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) -> Path | None:

@@ -7,12 +7,13 @@ const { values, positionals } = parseArgs({
   allowPositionals: true,
   options: {
     tokens: { type: 'string' }, // ids such as 1,2,3 in place of the prompt; prints ids, too
+    chat: { type: 'boolean', default: false }, // take the prompt as a message to answer
     'max-tokens': { type: 'string', default: '32' },
   },
 });
 const [given, prompt = 'Once upon a time'] = positionals;
 if (!given) {
-  console.error('Usage: node generate.js FOLDER [PROMPT] [--tokens 1,2,3] [--max-tokens 32]');
+  console.error('Usage: node generate.js FOLDER [PROMPT] [--chat] [--tokens 1,2,3] [--max-tokens 32]');
   process.exit(2);
 }
 const folder = resolve(given); // a relative path would be taken for a name on the hub
@@ -21,8 +22,9 @@ const options = { max_new_tokens: Number(values['max-tokens']), do_sample: false
 
 if (values.tokens === undefined) {
   const generator = await pipeline('text-generation', folder);
-  const [answer] = await generator(prompt, { ...options, return_full_text: false });
-  console.log(answer.generated_text);
+  const input = values.chat ? [{ role: 'user', content: prompt }] : prompt;
+  const [answer] = await generator(input, { ...options, return_full_text: false });
+  console.log(values.chat ? answer.generated_text.at(-1).content : answer.generated_text);
 } else {
   const ids = values.tokens.split(',').map(BigInt);
   const model = await AutoModelForCausalLM.from_pretrained(folder);

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale_core.checkpoint.config import ModelConfig
-from parscale_core.checkpoint.tokenizer import copy_files, end_tokens, read_object
+from parscale_core.checkpoint.tokenizer import end_tokens, read_object, write_tokenizer
 
 from parscale_export.graph import Options, folded_heads
 
@@ -46,9 +46,9 @@ def write_side_files(
     source: Path, folder: Path, config: ModelConfig, options: Options, target: str | None
 ) -> None:
     """Write ``config.json``, copy the tokenizer's files, and add what ``target`` reads."""
-    copy_files(source, folder)
+    write_tokenizer(source, folder, inline_template=target == "web")
     ours = {name: value for name, value in config.raw.items() if name not in _LEFT_OUT}
-    ends = end_tokens(source)
+    ends = list(dict.fromkeys(end_tokens(source) + end_tokens(folder)))
     if ends:
         # Most runtimes read one of the files only, so each names every end.
         ours["eos_token_id"] = _one_or_all(ends)
@@ -90,6 +90,8 @@ def _genai_config(
     source: Path, config: ModelConfig, options: Options, ends: list[int], providers: list[dict]
 ) -> dict[str, Any]:
     heads, kv_heads, _ = folded_heads(config, options.kv_layout)
+    # genai makes its buffers as long as these, and the prefix takes room there.
+    length = config.max_position_embeddings + config.prefix_length
     named = config.raw | read_object(source / GENERATION)
     first = {n: named[n] for n in ("bos_token_id", "pad_token_id") if named.get(n) is not None}
     if ends:
@@ -97,7 +99,7 @@ def _genai_config(
     return {
         "model": {
             **first,
-            "context_length": config.max_position_embeddings,
+            "context_length": length,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": providers},
                 "filename": "model.onnx",
@@ -124,7 +126,7 @@ def _genai_config(
         "search": {
             "do_sample": False,
             "early_stopping": True,
-            "max_length": config.max_position_embeddings,
+            "max_length": length,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

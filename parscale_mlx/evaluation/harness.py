@@ -15,6 +15,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from mlx_lm.evaluate import MLXLM
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from parscale_core.checkpoint.tokenizer import check_tokens
 from parscale_core.finite import not_finite
 
 
@@ -40,6 +41,12 @@ class ModelInHarness(MLXLM):
         self._max_tokens, self._answer_tokens = None, max_tokens
         self._batch_size, self._sampler = batch_size, None
         self.use_chat_template = use_chat_template
+
+    def _tokenize(self, texts):
+        tokens = super()._tokenize(texts)
+        for ids in tokens:
+            check_tokens(ids, self._model.args.vocab_size)
+        return tokens
 
     def generate_until(self, requests):
         self._max_tokens = self._answer_tokens

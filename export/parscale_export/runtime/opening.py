@@ -4,8 +4,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import transformers
-from parscale_core.checkpoint.tokenizer import end_tokens
+from parscale_core.checkpoint import tokenizer as checkpoint
+from parscale_core.checkpoint.tokenizer import TOKENIZER, end_tokens
 
 from parscale_export.runtime.engine import OnnxEngine
 from parscale_export.runtime.model import OnnxModel
@@ -35,15 +35,17 @@ def open_engine(
     path = Path(path).expanduser()
     first = find_graph(path, streams)
     graphs = find_graphs(path)
-    tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    tokenizer = load_tokenizer(folder)
     model = OnnxModel(first, provider, **options)
+    checkpoint.check_vocabulary(folder, tokenizer, model.vocab_size)
     del graphs[model.streams]
     own = tokenizer.eos_token_id
     tell = model.streams == 1 or model.aggregation_weights
     return OnnxEngine(
         model,
         tokenizer,
-        [*end_tokens(first.parent), *([] if own is None else [own])],
+        [*end_tokens(folder), *([] if own is None else [own])],
         others={
             n: partial(OnnxModel, file, model.provider, **options) for n, file in graphs.items()
         },
@@ -60,17 +62,9 @@ def load_tokenizer(folder: Path) -> Any:
         FileNotFoundError: there is none.
         ValueError: it cannot be read, or only by running code from the folder.
     """
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder}: no tokenizer.json in this folder")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
+    if not (folder / TOKENIZER).is_file():
+        raise FileNotFoundError(f"{folder}: no {TOKENIZER} in this folder")
+    return checkpoint.load_tokenizer(folder)
 
 
 def _tells(streams: int, file: Path) -> bool:
