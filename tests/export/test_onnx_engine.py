@@ -18,6 +18,7 @@ from adapters import split
 from cases import GOLDEN, OPERATORS, batches
 from parscale_core.engine import Request, Sampling, grammar
 from parscale_export import OnnxEngine, OnnxModel, export_onnx, open_engine
+from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.prefill import Growing
 from parscale_export.runtime.sampling import choose, generator
 from test_request_state import BYTES, SCRIPTS, decoded
@@ -209,8 +210,8 @@ def test_buffers_grow_under_running_answers(engine, one_pass):
 
 def test_kept_caches_have_a_limit_and_go_in_the_order_of_their_use(exports):
     model = OnnxModel(exports(1))
-    entry = 4 * 40 * 2 * model.allocate(1, 1)[0].shape()[1] * model.allocate(1, 1)[0].shape()[3]
-    engine = OnnxEngine(model, BYTES, [], kept_bytes=2 * entry * len(model.pasts) // 2)
+    limit = 2 * Block.allocate(model, 1, 40).size
+    engine = OnnxEngine(model, BYTES, [], kept_bytes=limit)
     prompts = [[n] * 40 for n in (1, 2, 3)]
 
     def cached(prompt) -> int:
@@ -218,7 +219,9 @@ def test_kept_caches_have_a_limit_and_go_in_the_order_of_their_use(exports):
         return next(iter(engine.submit(request))).cached_tokens
 
     assert [cached(prompts[n]) for n in (0, 1, 0, 2, 0, 1)] == [0, 0, 39, 0, 39, 0]
+    assert cached([4] * 81) == 0  # too large to be kept, and drives out nothing
     assert engine.statistics()["kept_caches"] == 2
+    assert engine.statistics()["kept_bytes"] == limit
     engine.close()
 
 

@@ -68,6 +68,13 @@ class Stored:
     place: int
     length: int
 
+    @property
+    def size(self) -> int:
+        """Bytes that a copy of it needs."""
+        prefix = self.block.model.prefix_length
+        columns = self.block.sequences * (self.block.room + prefix)
+        return self.block.size // columns * (self.length + prefix)
+
     def copy(self, tokens: int, room: int) -> "Stored":
         """The entries of its first tokens in a block of their own, with room for more."""
         model = self.block.model

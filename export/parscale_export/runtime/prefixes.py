@@ -46,7 +46,7 @@ class KeptPrefixes:
 
     def keep(self, tokens: Sequence[int], stored: Stored) -> None:
         """Keep a copy of a sequence's entries; ``tokens`` are those that are in the cache."""
-        if stored.length < LEAST or self.limit <= 0:
+        if stored.length < LEAST or stored.size > self.limit:
             return
         ids = np.array(tokens[: stored.length], np.int64)
         for entry in [*self.entries]:
@@ -56,9 +56,9 @@ class KeptPrefixes:
                 return
             if shared == len(entry.ids):
                 self.entries.remove(entry)  # the new one holds all of it
-        self.entries.append(Entry(ids, stored.copy(stored.length, stored.length)))
-        while self.entries and self.size > self.limit:
+        while self.entries and self.size + stored.size > self.limit:
             del self.entries[0]
+        self.entries.append(Entry(ids, stored.copy(stored.length, stored.length)))
 
     def find(
         self, prompt: Sequence[int], running: Iterable[tuple[Sequence[int], Stored]]
