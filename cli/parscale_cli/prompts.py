@@ -1,12 +1,14 @@
 """From what the user gave to token ids."""
 
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+from parscale_core.jsonl import read_lines
+from parscale_core.serve.prompt import plain_message
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 def read_prompts(texts: tuple[str, ...], file: Path | None) -> list[str | Messages]:
@@ -22,8 +24,7 @@ def read_prompts(texts: tuple[str, ...], file: Path | None) -> list[str | Messag
         raise click.UsageError("--prompt - reads standard input, which can be read only once")
     prompts: list[str | Messages] = [sys.stdin.read() if t == "-" else t for t in texts]
     if file is not None:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        prompts += [_read_line(file, n, line) for n, line in enumerate(lines, 1) if line.strip()]
+        prompts += [_prompt(place, value) for place, value in read_lines(file)]
     if not prompts:
         raise click.UsageError("give --prompt TEXT, --prompt - or --prompts-file FILE")
     if any(not prompt or prompt == "\n" for prompt in prompts):
@@ -52,18 +53,24 @@ def encode(
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _read_line(file: Path, number: int, line: str) -> str | Messages:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{file}, line {number}: not JSON") from error
+def _prompt(place: str, value: Any) -> str | Messages:
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
-    is_messages = isinstance(value, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value
-    )
-    if isinstance(value, str) or is_messages:
+    if isinstance(value, list) and all(_is_message(message) for message in value):
+        return [plain_message(message) for message in value]
+    if isinstance(value, str):
         return value
     raise ValueError(
-        f'{file}, line {number}: neither a string nor {{"prompt": ...}} nor {{"messages": [...]}}'
+        f'{place}: neither a string nor {{"prompt": ...}} nor {{"messages": [...]}} of texts'
     )
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        return False
+    content = value.get("content", 0)
+    is_parts = isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    )
+    return is_parts or isinstance(content, str | None)

@@ -1,6 +1,5 @@
 """Training data: text files, folders, mlx-lm's JSON lines and hub data sets, as token ids."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 from mlx_lm.tuner.datasets import create_dataset, load_hf_dataset
+from parscale_core.jsonl import read_lines
 
 FORMS = '{"text": ...}, {"messages": [...]} or {"prompt": ..., "completion": ...}'
 
@@ -94,22 +94,11 @@ def _read_folder(folder: Path, tokenizer, pattern: str) -> list[Document]:
 
 
 def _read_lines(file: Path, tokenizer, mask_prompt: bool) -> list[Document]:
-    records, names = [], []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not JSON") from error
+    lines = read_lines(file)
+    for place, record in lines:
         if not isinstance(record, dict):
-            raise ValueError(f"{file}, line {number}: none of {FORMS}")
-        records.append(record)
-        names.append(f"{file}, line {number}")
+            raise ValueError(f"{place}: none of {FORMS}")
+    records, names = [record for _, record in lines], [place for place, _ in lines]
     return _encode(records, names, tokenizer, mask_prompt)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from parscale_core.jsonl import lines_of
+
 # Where a completion of a function ends: at what would begin something else. HumanEval's are those
 # of its paper (arXiv 2107.03374), MBPP's also close the prompt's own docstring.
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -69,33 +71,24 @@ def read_problems(file: Path) -> list[Problem]:
     """
     try:
         raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        text = raw.decode("utf-8")
+        raw.decode("utf-8")
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON lines in UTF-8, or not gzip") from error
-    lines = enumerate(text.splitlines(), 1)
-    if text.lstrip().startswith("["):
+    if raw.lstrip().startswith(b"["):
         # MBPP's sanitised half is one array.
-        problems = [_read(f"{file}, problem {n}", v) for n, v in enumerate(_array(file, text), 1)]
+        problems = [_read(f"{file}, problem {n}", v) for n, v in enumerate(_array(file, raw), 1)]
     else:
-        problems = [_read_line(f"{file}, line {n}", line) for n, line in lines if line.strip()]
+        problems = [_read(place, value) for place, value in lines_of(raw, str(file))]
     if not problems:
         raise ValueError(f"{file}: no problems in it")
     return problems
 
 
-def _array(file: Path, text: str) -> list:
+def _array(file: Path, raw: bytes) -> list:
     try:
-        return json.loads(text)
+        return json.loads(raw)
     except ValueError as error:
         raise ValueError(f"{file}: not a JSON array ({error})") from error
-
-
-def _read_line(where: str, line: str) -> Problem:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from error
-    return _read(where, value)
 
 
 def _read(where: str, value: Any) -> Problem:

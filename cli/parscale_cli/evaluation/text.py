@@ -1,9 +1,11 @@
 """Held-out text: documents from files, and windows of their tokens."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from parscale_core.jsonl import read_lines
 
 
 @dataclass
@@ -26,26 +28,20 @@ def read_documents(file: Path) -> list[str]:
     Raises:
         ValueError: it is not UTF-8, or a line is neither; the message names file and line.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not text in UTF-8 ({error.reason})") from error
-    if file.suffix != ".jsonl":
-        documents = [text]
+    if file.suffix == ".jsonl":
+        documents = [_document(place, value) for place, value in read_lines(file)]
     else:
-        lines = enumerate(text.splitlines(), 1)
-        documents = [_read_line(file, n, line) for n, line in lines if line.strip()]
+        try:
+            documents = [file.read_text(encoding="utf-8")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not text in UTF-8 ({error.reason})") from error
     return [document for document in documents if document.strip()]
 
 
-def _read_line(file: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{file}, line {number}: not JSON") from error
+def _document(place: str, value: Any) -> str:
     text = value.get("text") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise ValueError(f'{file}, line {number}: neither a string nor {{"text": ...}}')
+        raise ValueError(f'{place}: neither a string nor {{"text": ...}}')
     return text
 
 
