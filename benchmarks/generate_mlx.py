@@ -1,27 +1,51 @@
 """Prefill and decode speed in MLX: one stream beside mlx-lm's own class, and P streams beside both.
 
-    python benchmarks/generate_mlx.py [--streams 2,4,8] [--prompt 256] [--tokens 64] [--json]
+    python benchmarks/generate_mlx.py [--streams 2,4,8] [--prompt 256] [--tokens 48] [--json]
 
-All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
-in one run, so that what else the machine does touches all of them. Times are medians. With PyTorch
-installed, the structure of the published code is measured too: the P streams as a batch of P, each
-with its prefix in the cache, all P caches grown by concatenation. ``parscale bench`` measures more,
-and real models, without PyTorch.
+All sides have random weights in the shape of SmolLM2-135M (or of --config), in float32 on a CPU. Each
+is a process of its own, since the threads of one library disturb another's, and they take turns, so
+that what else the machine does touches all of them. Printed are medians over the turns, and how far
+the turns lie apart. With PyTorch installed, the structure of the published code is measured too: the
+P streams as a batch of P, each with its prefix in the cache, all P caches grown by concatenation.
+``parscale bench`` measures more, and real models, in one process and without PyTorch.
 """
 
 import argparse
 import json
-from dataclasses import asdict
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from parscale_mlx import benchmark  # before mlx: it loads a fast BLAS
+PREFIX = 48
+REST = 0.2  # seconds before each turn: threads of the last side may still spin
 
-import mlx.core as mx
+# Nothing here imports MLX or PyTorch at the top: a side's process imports this file, too.
+Turn = tuple[Callable[[], Any], Callable[[Any, int], Any]]  # reads the prompt; decodes tokens
 
-PREFIX = benchmark.PREFIX
+
+def mlx_side(config: dict, streams: int, ids: list[int]) -> Turn:
+    """Our model, or mlx-lm's own class where ``streams`` is 0."""
+    from parscale_mlx import benchmark  # before mlx: it loads a fast BLAS
+
+    import mlx.core as mx
+
+    backbone = benchmark.random_backbone(config)
+    model: Any
+    if streams == 0:
+        model = benchmark.mlx_lm_twin(backbone, config)
+    else:
+        model = benchmark.with_many_streams(backbone, streams, {})
+    mx.eval(model.parameters())
+    side = benchmark.mlx_side(model, mx.array([ids]))
+    return side.prefill, side.decode
 
 
-def torch_side(config: dict, streams: int, ids: list[int]) -> benchmark.Side:
+def torch_side(config: dict, streams: int, ids: list[int]) -> Turn:
     """The published structure: streams as rows of a batch, then an aggregator over the rows."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
@@ -60,22 +84,65 @@ def torch_side(config: dict, streams: int, ids: list[int]) -> benchmark.Side:
         for _ in range(tokens):
             token = forward(token, cache).argmax(dim=-1)[None]
 
-    return benchmark.Side(prefill, decode)
+    return prefill, decode
 
 
-def build_sides(config: dict, counts: list[int], ids: list[int]) -> dict[str, benchmark.Side]:
-    backbone = benchmark.random_backbone(config)
-    models = benchmark.compared_models(backbone, config, [1, *counts], {})
-    sides = {}
-    for name, model in models.items():
-        label = f"mlx-lm {config['model_type']}" if name == "mlx-lm" else f"parscale {name}"
-        sides[label] = benchmark.mlx_side(model, mx.array([ids]))
-    try:
-        for streams in [1, *counts]:
-            sides[f"PyTorch structure P={streams}"] = torch_side(config, streams, ids)
-    except ImportError:
-        print("PyTorch is not installed: the published structure is left out\n")
-    return sides
+def serve(make: Callable, config: dict, streams: int, ids: list[int], connection) -> None:
+    """What a side's process does: for each number of tokens it is sent, answer with two times."""
+    prefill, decode = make(config, streams, ids)
+    connection.send(None)
+    while tokens := connection.recv():
+        start = time.perf_counter()
+        state = prefill()
+        middle = time.perf_counter()
+        decode(state, tokens)
+        connection.send((middle - start, (time.perf_counter() - middle) / tokens))
+
+
+def start(make: Callable, config: dict, streams: int, ids: list[int]):
+    """A side's process, once it has loaded: where to send it turns."""
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    arguments = (make, config, streams, ids, theirs)
+    context.Process(target=serve, args=arguments, daemon=True).start()
+    theirs.close()
+    connection.recv()
+    return connection
+
+
+def measure(connections: dict[str, Any], *, repeats: int, tokens: int) -> dict[str, dict]:
+    """Seconds of every turn's prompt and of a decoded token, the sides in turns, there and back."""
+    times: dict = {name: {"prefill": [], "decode": []} for name in connections}
+    for turn in range(repeats + 1):
+        names = list(connections)
+        for name in names if turn % 2 else reversed(names):
+            time.sleep(REST)
+            connections[name].send(tokens)
+            prefill, step = connections[name].recv()
+            if turn > 0:  # the first turn warms up
+                times[name]["prefill"].append(prefill)
+                times[name]["decode"].append(step)
+    return times
+
+
+def table(times: dict[str, dict], prompt: int) -> list[str]:
+    """A line a side: medians, the ratio to the first side, and the slowest over the fastest turn."""
+    medians = {
+        name: {kind: statistics.median(values) for kind, values in own.items()}
+        for name, own in times.items()
+    }
+    base = next(iter(medians.values()))
+    lines = [f"{'':26}{'prefill':>16}{'':>8}{'spread':>8}{'decode':>16}{'':>8}{'spread':>8}"]
+    for name, own in medians.items():
+        cells = ""
+        for kind, value in own.items():
+            spread = max(times[name][kind]) / min(times[name][kind])
+            rate = (
+                f"{prompt / value:.1f} tok/s" if kind == "prefill" else f"{value * 1e3:.1f} ms/tok"
+            )
+            cells += f"{rate:>16}{value / base[kind]:>7.2f}x{spread:>7.2f}x"
+        lines.append(f"{name:26}{cells}")
+    return lines
 
 
 def main():
@@ -87,22 +154,28 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="measured turns (default 5)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    config = json.loads(args.config.read_text()) if args.config else benchmark.SMOLLM2
-    counts = [int(n) for n in args.streams.split(",")]
-    sides = build_sides(config, counts, [i % 1000 for i in range(args.prompt)])
-    results = benchmark.measure(sides, repeats=args.repeats, tokens=args.tokens)
+    if args.config:
+        config = json.loads(args.config.read_text())
+    else:
+        from parscale_mlx.benchmark import SMOLLM2 as config
+    counts = [1, *map(int, args.streams.split(","))]
+    wanted = {f"mlx-lm {config['model_type']}": (mlx_side, 0)}
+    wanted |= {f"parscale P={n}": (mlx_side, n) for n in counts}
+    if find_spec("torch"):
+        wanted |= {f"PyTorch structure P={n}": (torch_side, n) for n in (1, counts[-1])}
+    else:
+        print("PyTorch is not installed: the published structure is left out\n")
+    ids = [n % 1000 for n in range(args.prompt)]
+    connections = {name: start(make, config, n, ids) for name, (make, n) in wanted.items()}
+    times = measure(connections, repeats=args.repeats, tokens=args.tokens)
+    for connection in connections.values():
+        connection.send(0)
     if args.json:
-        print(json.dumps({name: asdict(result) for name, result in results.items()}))
+        print(json.dumps(times))
         return
-    base = next(iter(results.values()))
-    print(f"{mx.default_device()}, {args.prompt} prompt tokens, {args.tokens} decoded\n")
-    print(f"{'':24}{'prefill':>14}{'':>8}{'decode':>14}{'':>8}")
-    for name, result in results.items():
-        print(
-            f"{name:24}{args.prompt / result.first_token:>8.1f} tok/s"
-            f"{result.first_token / base.first_token:>7.2f}x"
-            f"{result.step * 1e3:>8.2f} ms/t {result.step / base.step:>7.2f}x"
-        )
+    print(f"{os.cpu_count()} cores, {args.prompt} prompt tokens, {args.tokens} decoded, medians of "
+          f"{args.repeats} turns\n")  # fmt: skip
+    print("\n".join(table(times, args.prompt)))
 
 
 if __name__ == "__main__":

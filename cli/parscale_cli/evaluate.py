@@ -48,7 +48,7 @@ class Figure:
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small one of this package.",
+    help="A model folder or a name on the hub; without it, SmolLM2 with streams.",
 )
 @many_streams_options
 @click.option(

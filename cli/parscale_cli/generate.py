@@ -31,7 +31,7 @@ class Draft(click.ParamType):
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small one of this package.",
+    help="A model folder or a name on the hub; without it, SmolLM2 with streams.",
 )
 @adapter_options
 @click.option(

@@ -48,8 +48,8 @@ class Scorer:
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder, a name on the hub, or an export made with --all-logits; without it, the "
-    "small one of this package.",
+    help="A model folder, a name on the hub, or an export made with --all-logits; without it, "
+    "SmolLM2 with streams.",
 )
 @many_streams_options
 @click.option(
@@ -131,9 +131,9 @@ def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int,
     from parscale_mlx.load import open_models
 
     from parscale_core.checkpoint.folder import find_folder
-    from parscale_core.checkpoint.packaged import EMBEDDED
+    from parscale_core.checkpoint.packaged import DEFAULT
 
-    folder = find_folder(model or EMBEDDED)
+    folder = find_folder(model or DEFAULT)
     models, tokenizer = open_models(
         folder,
         adapters,

@@ -179,11 +179,11 @@ def find_export(model: str | None, adapters: Sequence[Path], *, all_logits: bool
             )
         return Path(model).expanduser()
     from parscale_core.checkpoint.folder import find_folder
-    from parscale_core.checkpoint.packaged import EMBEDDED
+    from parscale_core.checkpoint.packaged import DEFAULT
 
     from parscale_cli.export_cache import cached_export
 
-    return cached_export(find_folder(model or EMBEDDED), adapters, all_logits=all_logits)
+    return cached_export(find_folder(model or DEFAULT), adapters, all_logits=all_logits)
 
 
 def open_all(

@@ -19,7 +19,7 @@ LOG = logging.getLogger("parscale.serve")
 @click.option(
     "--model",
     metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, the small one of this package.",
+    help="A model folder or a name on the hub; without it, SmolLM2 with streams.",
 )
 @adapter_options
 @click.option(
@@ -240,7 +240,7 @@ def _check(key, name, parallel, draft_model, draft) -> None:
 
 def _name(model: str | None) -> str:
     if model is None:
-        from parscale_core.checkpoint.packaged import EMBEDDED
+        from parscale_core.checkpoint.packaged import DEFAULT
 
-        model = str(EMBEDDED)
+        model = DEFAULT
     return Path(model).resolve().name if Path(model).is_dir() else model

@@ -13,7 +13,7 @@ import mlx.core as mx
 import psutil
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_core.checkpoint.folder import find_folder
-from parscale_core.checkpoint.packaged import EMBEDDED
+from parscale_core.checkpoint.packaged import DEFAULT
 
 # Of the free memory, what plain weights may take.
 MEMORY_SHARE = 0.5
@@ -34,7 +34,7 @@ def open_engine(
     """Load a model, and the stream adapters over it, and start an engine.
 
     Args:
-        model: a folder or a name on the hub; None for the small model of this package.
+        model: a folder or a name on the hub; None for SmolLM2 with streams.
         adapters: folders; with none, those that came with the model.
         streams: the numbers that requests may choose, the default first; with none, the most that
             there are; "all" for each that there is.
@@ -50,7 +50,7 @@ def open_engine(
         FileNotFoundError, ValueError, ImportError: as ``parscale_mlx.load``; there is no model of
             so many streams; the draft model has another vocabulary.
     """
-    folder = find_folder(model or EMBEDDED)
+    folder = find_folder(model or DEFAULT)
     there = find_adapters(folder, adapters)
     if streams == "all":
         first = default or max(there)

@@ -16,7 +16,7 @@ class Plan:
     seq_length: int = 256
     streams_lr: float = 1e-2
     aggregator_lr: float = 1e-3
-    eval_tokens: int = 40_000
+    eval_tokens: int = 25_000
 
     @property
     def tokens(self) -> int:

@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("smollm2-streams"))
     parser.add_argument("--runs", help="names, with commas between them (default all of plan.py)")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, on a core each")
+    parser.add_argument("--output", type=Path, help="where to package to (default in --work)")
     args = parser.parse_args()
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
@@ -31,10 +32,10 @@ def main() -> None:
     if wrong := (set(names) - set(known)) | (set(args.steps) - set(STEPS)):
         parser.error(f"no such run or step: {', '.join(sorted(wrong))}")
     for step in args.steps or STEPS:
-        run_step(step, work, [known[name] for name in names], args.jobs)
+        run_step(step, work, [known[name] for name in names], args.jobs, args.output)
 
 
-def run_step(step: str, work: Path, runs: list[Run], jobs: int) -> None:
+def run_step(step: str, work: Path, runs: list[Run], jobs: int, output: Path | None) -> None:
     if step == "prepare":
         from corpus import prepare
 
@@ -49,7 +50,7 @@ def run_step(step: str, work: Path, runs: list[Run], jobs: int) -> None:
     else:
         from package import package
 
-        package(work)
+        package(output or work / "adapters", work)
 
 
 if __name__ == "__main__":

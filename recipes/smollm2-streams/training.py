@@ -15,6 +15,13 @@ def folder(work: Path, run: Run) -> Path:
     return work / "runs" / run.name
 
 
+def newest(work: Path, run: Run) -> Path | None:
+    """A run's adapter, or that of its last checkpoint; None before the first."""
+    if (done := folder(work, run) / "adapter").is_dir():
+        return done
+    return max(folder(work, run).glob("checkpoints/step-*"), default=None)
+
+
 def train_once(work: Path, plan: Plan, run: Run, *, threads: int) -> None:
     """Train a run, unless it is finished; what it says goes to a file beside its folder."""
     output = folder(work, run)

@@ -94,7 +94,7 @@ def test_the_default_model_brings_its_adapters(parscale, backbone, adapter, tmp_
     streams = load_adapter(adapter)
     streams.backbone_sha256 = fingerprint(folder)
     save_adapter(folder / "adapters" / "p4", streams)
-    monkeypatch.setattr("parscale_mlx.engine.opening.EMBEDDED", folder)
+    monkeypatch.setattr("parscale_core.checkpoint.folder.default_folder", lambda: folder)
     for options in ([], ["--streams", 1]):
         named = parscale("generate", "--model", folder, *RUN, *options)
         assert text(parscale("generate", *RUN, *options)) == text(named)

@@ -4,8 +4,8 @@ import json
 import math
 
 import pytest
-from parscale_core.checkpoint.packaged import EMBEDDED
 
+MODEL = ("--model", "python-small")
 STREAMS = (1, 2, 4, 8)
 PYTHON = """\
 import os
@@ -36,7 +36,7 @@ ENGLISH = (
 @pytest.mark.parametrize("streams", [None, *STREAMS])
 def test_it_writes_with_any_number_of_streams(parscale, streams):
     options = [] if streams is None else ["--streams", streams]
-    run = ("generate", "-p", "def read(path):\n", "-n", 8, "--json", *options)
+    run = ("generate", *MODEL, "-p", "def read(path):\n", "-n", 8, "--json", *options)
     answer = json.loads(parscale(*run, *(["--show-streams"] if streams != 1 else [])).stdout)
     assert len(answer["tokens"]) == 8
     for token in answer["tokens"]:
@@ -49,7 +49,7 @@ def test_it_knows_python_from_prose(parscale, tmp_path):
     def perplexities(text):
         file = tmp_path / "text.txt"
         file.write_text(text)
-        run = parscale("perplexity", file, "--streams", "1,2,4,8", "--json")
+        run = parscale("perplexity", file, *MODEL, "--streams", "1,2,4,8", "--json")
         return [score["perplexity"] for score in json.loads(run.stdout)["scores"]]
 
     python, english = perplexities(PYTHON), perplexities(ENGLISH)
@@ -60,9 +60,9 @@ def test_it_knows_python_from_prose(parscale, tmp_path):
 
 def test_its_export_says_the_same(parscale, tmp_path):
     export = tmp_path / "export"
-    assert parscale("export-onnx", "--model", EMBEDDED, "--output", export).exit_code == 0
+    assert parscale("export-onnx", *MODEL, "--output", export).exit_code == 0
     for streams in STREAMS:
         run = ("generate", "-p", "import ", "-n", 12, "--streams", streams)
-        in_mlx, in_onnx = parscale(*run), parscale(*run, "--model", export)
+        in_mlx, in_onnx = parscale(*run, *MODEL), parscale(*run, "--model", export)
         assert in_mlx.exit_code == in_onnx.exit_code == 0
         assert in_mlx.stdout == in_onnx.stdout

@@ -44,7 +44,10 @@ def test_an_unexpected_failure_is_one_line(parscale, monkeypatch):
         raise RuntimeError("something\nbroke")
 
     monkeypatch.setattr("parscale_mlx.engine.opening.open_models", fail)
-    assert error_line(parscale("generate", "-p", "a")) == "Error: something broke"
+    assert (
+        error_line(parscale("generate", "--model", "python-small", "-p", "a"))
+        == "Error: something broke"
+    )
 
 
 def test_doctor(parscale):

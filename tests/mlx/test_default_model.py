@@ -8,6 +8,8 @@ from parscale_mlx import load_model
 import mlx.core as mx
 import pytest
 from gguf_files import random_weights, write_gguf
+from parscale_core.checkpoint import packaged
+from parscale_core.checkpoint.adapter import adapter_folders
 from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.packaged import smollm2_folder
 
@@ -56,6 +58,40 @@ def test_processes_at_the_same_time(package, tmp_path):
     assert [process.returncode for process in started] == [0, 0]
     assert printed[0] == printed[1] == str(smollm2_folder())
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
+
+
+def test_with_the_adapters_of_this_package(package, tmp_path, monkeypatch):
+    adapters = tmp_path / "adapters"
+    (adapters / "p2").mkdir(parents=True)
+    (adapters / "p2" / "adapter_config.json").write_text("one")
+    monkeypatch.setattr(packaged, "ADAPTERS", adapters)
+    folder = find_folder("smollm2")
+    plain = smollm2_folder()
+    own = {file.name for file in folder.iterdir()}
+    assert own == {file.name for file in plain.iterdir()} | {"adapters"}
+    (weights,) = (file.name for file in plain.glob("*.safetensors"))
+    assert (folder / weights).samefile(plain / weights)
+    assert adapter_folders(folder, []) == [folder / "adapters" / "p2"]
+    assert find_folder("smollm2") == folder and adapter_folders(plain, []) == []
+    (adapters / "p2" / "adapter_config.json").write_text("two")
+    assert find_folder("smollm2") not in (folder, plain)
+    # A file system without links holds the weights twice.
+    (adapters / "p2" / "adapter_config.json").write_text("three")
+    monkeypatch.setattr("os.link", raise_os_error)
+    copied = find_folder("smollm2") / weights
+    assert not copied.samefile(plain / weights)
+    assert copied.read_bytes() == (plain / weights).read_bytes()
+
+
+def raise_os_error(*_):
+    raise OSError
+
+
+def test_the_small_model_needs_no_other_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert (find_folder("python-small") / "model.safetensors").is_file()
+    with pytest.raises(FileNotFoundError, match="--model python-small"):
+        find_folder("smollm2")
 
 
 def test_without_the_package(monkeypatch, tmp_path):

