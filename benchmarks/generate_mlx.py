@@ -2,11 +2,12 @@
 
     python benchmarks/generate_mlx.py [--streams 2,4,8] [--prompt 256] [--tokens 48] [--json]
 
-All sides have random weights in the shape of SmolLM2-135M (or of --config), in float32 on a CPU. Each
-is a process of its own, since the threads of one library disturb another's, and they take turns, so
-that what else the machine does touches all of them. Printed are medians over the turns, and how far
-the turns lie apart. With PyTorch installed, the structure of the published code is measured too: the
-P streams as a batch of P, each with its prefix in the cache, all P caches grown by concatenation.
+All sides have random weights in the shape of SmolLM2-135M (or of --config), in float32 on a CPU.
+Each is a process of its own, since the threads of one library disturb another's, and they take
+turns, so that what else the machine does touches all of them. Printed are medians over the turns,
+and how far the turns lie apart. With PyTorch installed, the structure of the published code is
+measured too: the P streams as a batch of P, each with its prefix in the cache, all P caches grown
+by concatenation.
 ``parscale bench`` measures more, and real models, in one process and without PyTorch.
 """
 
@@ -126,7 +127,7 @@ def measure(connections: dict[str, Any], *, repeats: int, tokens: int) -> dict[s
 
 
 def table(times: dict[str, dict], prompt: int) -> list[str]:
-    """A line a side: medians, the ratio to the first side, and the slowest over the fastest turn."""
+    """A line a side: medians, ratios to the first side, and the slowest over the fastest turn."""
     medians = {
         name: {kind: statistics.median(values) for kind, values in own.items()}
         for name, own in times.items()

@@ -160,7 +160,8 @@ def generate(
         elif show_streams:
             show.print_streams(answers[0], colour=sys.stdout.isatty())
         else:
-            show.print_text(answers)
+            ids = [request.prompt for request in requests]
+            show.print_text(answers, _beginnings(engine.tokenizer, prompts, ids))
         stats.peak_memory = show.peak_memory(engine)
         if cache_file is not None:
             engine.write_prompt_cache(cache_file)
@@ -169,6 +170,14 @@ def generate(
             click.echo(json.dumps(answer | {"stats": stats.as_dict()}, ensure_ascii=False))
     if not quiet:
         stats.print()
+
+
+def _beginnings(tokenizer, prompts: list[str], ids: list[list[int]]) -> list[str]:
+    """What a person reads before each answer: the prompt, where the answer goes on with it."""
+    if not sys.stdout.isatty():
+        return [""] * len(prompts)
+    read = (tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in ids)
+    return [prompt if text == prompt else "" for prompt, text in zip(prompts, read, strict=True)]
 
 
 def _read_form(json_schema: Path | None, grammar: Path | None) -> str | None:

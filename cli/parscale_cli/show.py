@@ -93,15 +93,20 @@ def legend(streams: int) -> str:
     return "streams: " + " ".join(tint(str(n), n) for n in range(1, streams + 1))
 
 
-def print_text(answers: list[Iterator[Piece]]) -> None:
-    """Print answers: a single one as it comes, several each under a heading when it is whole."""
+def print_text(answers: list[Iterator[Piece]], beginnings: list[str]) -> None:
+    """Print answers: a single one as it comes, several each under a heading when it is whole.
+
+    Args:
+        beginnings: what is printed before each.
+    """
     if len(answers) == 1:
+        click.echo(beginnings[0], nl=False)
         for piece in answers[0]:
             click.echo(piece.text, nl=False)
         click.echo()
         return
-    for number, pieces in enumerate(answers, 1):
-        text = "".join(piece.text for piece in pieces)
+    for number, (pieces, beginning) in enumerate(zip(answers, beginnings, strict=True), 1):
+        text = beginning + "".join(piece.text for piece in pieces)
         click.echo(f"==> {number} of {len(answers)}\n{text}\n")
 
 

@@ -1,8 +1,11 @@
 """``parscale generate`` as a user runs it: what it prints where, and what it refuses."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 from parscale_mlx import generate, load
 
@@ -304,3 +307,19 @@ def test_a_hint_at_the_faster_runtime(parscale, model, monkeypatch):
         assert "--runtime onnx" not in parscale(*run, *more).stderr
     monkeypatch.setenv("PARSCALE_HINTS", "off")
     assert "--runtime onnx" not in parscale(*run).stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pseudo-terminal is POSIX")
+def test_a_person_reads_the_prompt_before_what_continues_it(parscale, model):
+    import pty
+
+    run = ("--model", model, "-p", "ab c", "-n", 4, "--quiet")
+    code = "import sys; from parscale_cli.main import cli; cli()"
+    for options, beginning in ((["--no-chat-template"], "ab c"), ([], "")):
+        ours, theirs = pty.openpty()
+        command = [sys.executable, "-c", code, "generate", *map(str, run), *options]
+        subprocess.run(command, stdout=theirs, check=True)
+        shown = os.read(ours, 10_000).decode().replace("\r\n", "\n")
+        os.close(ours), os.close(theirs)
+        piped = parscale("generate", *run, *options).stdout
+        assert shown == beginning + piped and not piped.startswith("ab c")
