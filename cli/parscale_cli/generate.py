@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -172,12 +173,12 @@ def generate(
         stats.print()
 
 
-def _beginnings(tokenizer, prompts: list[str], ids: list[list[int]]) -> list[str]:
+def _beginnings(tokenizer, prompts: Sequence[object], ids: list[Sequence[int]]) -> list[str]:
     """What a person reads before each answer: the prompt, where the answer goes on with it."""
     if not sys.stdout.isatty():
-        return [""] * len(prompts)
+        return [""] * len(ids)
     read = (tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in ids)
-    return [prompt if text == prompt else "" for prompt, text in zip(prompts, read, strict=True)]
+    return [text if text == prompt else "" for prompt, text in zip(prompts, read, strict=True)]
 
 
 def _read_form(json_schema: Path | None, grammar: Path | None) -> str | None:

