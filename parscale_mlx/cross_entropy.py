@@ -10,9 +10,9 @@ BLOCK = 256
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Negative log probabilities of tokens, float32 [...], in nats.
 
-    MLX's own adds the vocabulary up one after another in float32 on the CPU, and comes out
-    some 2e-4 nats short over 152 thousand entries. Here sums are taken of blocks, and then of the sums, and
-    the gradient takes the exponentials that are there already, which are what costs time.
+    MLX's own adds the vocabulary up one after another in float32 on the CPU, and comes out some
+    2e-4 nats short over 152 thousand entries. Here sums are taken of blocks, and then of the sums,
+    and the gradient takes the exponentials that are there already, which are what costs time.
 
     Args:
         logits: [..., vocabulary], of any floating-point type.
