@@ -20,7 +20,7 @@ from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export import targets
 from parscale_export.calibrate import calibration_tokens, observe
-from parscale_export.fused import MAX_CUDA_HEADS, context_length
+from parscale_export.fused import MAX_CUDA_HEADS
 from parscale_export.graph import Options, build, folded_heads
 from parscale_export.runtime.session import step_file
 from parscale_export.smooth import Smoothing, plan
@@ -353,8 +353,7 @@ def _metadata(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
         "symmetric": str(options.symmetric).lower(),
         "accuracy_level": options.accuracy_level,
         "all_logits": str(options.all_logits).lower(),
-        # The standard operators compute angles as they go and know no end.
-        "context_length": context_length(config) if options.ops == "fused" else 0,
+        "context_length": config.max_position_embeddings,
         "model_type": config.model_type,
         "source": config.raw.get("_name_or_path") or checkpoint.folder.resolve().name,
         "version": version("parscale"),

@@ -11,18 +11,12 @@ queries of these rows are zero and their results are cut off.
 
 import numpy as np
 import onnx_ir as ir
-from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.rope import rotate
 
 from parscale_export.graph import MICROSOFT, Builder, folded_heads
 
 # Query heads that the operator takes on CUDA.
 MAX_CUDA_HEADS = 1024
-
-
-def context_length(config: ModelConfig) -> int:
-    """How many tokens the rotary tables reach: what the model was trained for, or 8192."""
-    return max(config.max_position_embeddings, 8192)
 
 
 class FusedOperators:
@@ -92,7 +86,7 @@ class FusedOperators:
         """Cosines and sines for each entry of the cache; the entry ``start`` has position 0."""
         b, config = self.b, self.b.config
         scale = config.rope.rotation().scale
-        entries = context_length(config) + max(self.prefix_length, b.options.longest_prefix)
+        entries = config.max_position_embeddings + max(self.prefix_length, b.options.longest_prefix)
         shape = (entries, config.head_dim // 2)
 
         def angles() -> np.ndarray:

@@ -311,6 +311,6 @@ def test_prompts_that_cannot_be_run(export):
         model.generate([[1], []])
     with pytest.raises(ValueError, match="token 320 is not in the vocabulary of 320"):
         model.generate([[320]])
-    with pytest.raises(ValueError, match=r"more than the 8192 that model\.onnx was exported for"):
+    with pytest.raises(ValueError, match=r"more than the 512 that model\.onnx was exported for"):
         model.generate([[1]], max_tokens=9000)
     assert model.generate([]) == []

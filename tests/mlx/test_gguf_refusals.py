@@ -44,7 +44,7 @@ def changed(key, value):
         ("llama.block_count", 1, "the 2 of the tensors"),
         ("llama.block_count", 4_000_000_000, "the 2 of the tensors"),
         ("llama.feed_forward_length", 4_000_000_000, "mlp.gate_proj.weight has shape"),
-        ("llama.embedding_length", 4_000_000_000, "head_dim 1000000000 is more than"),
+        ("llama.embedding_length", 4_000, "shape"),
         ("llama.context_length", None, "has no llama.context_length"),
         ("llama.vocab_size", 7, "the 320 of the tensors"),
         ("llama.attention.value_length", 8, "the 16 of the keys"),

@@ -11,7 +11,7 @@ from parscale_core.checkpoint.rope import Rope, finite
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "granite")
 MODEL_TYPES = tuple(name for family in FAMILIES for name in (family, f"{family}_parscale"))
 MAX_STREAMS = 64
-MAX_HEAD_DIM = 4096
+MAX_HEAD_DIM, MAX_LAYERS = 4096, 10_000
 # What a config.json that leaves a field out means, as transformers reads it.
 CONTEXTS = {
     "qwen2": 32768, "qwen3": 32768, "llama": 2048, "mistral": 131072, "smollm3": 32768,
@@ -102,6 +102,8 @@ class ModelConfig:
         defaults = {"rope_theta": SMOLLM3_THETA, "tie_word_embeddings": True}
         filled = (defaults if family == "smollm3" else {}) | raw
         layers = _positive(raw, "num_hidden_layers")
+        if layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers {layers} is more than {MAX_LAYERS}")
         multipliers = raw if family == "granite" else {}
         config = cls(
             model_type=model_type,
