@@ -90,6 +90,11 @@ class ModelConfig:
         # Qwen2 has biases on its queries, keys and values whatever config.json says.
         qkv_bias = is_qwen2 or (family != "mistral" and _flag(raw, "attention_bias"))
         heads, hidden = _positive(raw, "num_attention_heads"), _positive(raw, "hidden_size")
+        kv_heads = _positive(raw, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         usual = QWEN3_HEAD_DIM if family == "qwen3" else max(hidden // heads, 1)
         head_dim = _positive(raw, "head_dim", usual)
         if head_dim > MAX_HEAD_DIM:
@@ -111,7 +116,7 @@ class ModelConfig:
             intermediate_size=_positive(raw, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_positive(raw, "num_key_value_heads", heads),
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=_positive(raw, "vocab_size"),
             rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
@@ -144,11 +149,6 @@ class ModelConfig:
             raise ValueError(f"parscale_prefix false cannot go with parscale_n {config.streams}")
         if not has_prefix:
             config = replace(config, prefix_length=0)
-        if heads % config.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {config.num_key_value_heads}"
-            )
         return config
 
 
