@@ -6,8 +6,9 @@ import time
 from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
+from parscale_core.serve.answer_json import AnswerJson
 from parscale_core.serve.errors import HUNG_UP, RequestFailed
 from parscale_core.serve.exchange import APIS
 
@@ -55,12 +56,12 @@ class Gate:
                 await (response or self.app)(scope, receive, answer)
             except RequestFailed as failure:
                 body = failure.body(scope["path"])
-                await JSONResponse(body, failure.status)(scope, receive, answer)
+                await AnswerJson(body, failure.status)(scope, receive, answer)
         except Exception:
             LOG.exception("a request failed")
             if not status:
                 failed = RequestFailed(500, "the server failed at this request")
-                await JSONResponse(failed.body(scope["path"]), 500)(scope, receive, answer)
+                await AnswerJson(failed.body(scope["path"]), 500)(scope, receive, answer)
         finally:
             status = HUNG_UP if scope.get("parscale.hung_up") or not status else status
             self._note(scope, asked, status)

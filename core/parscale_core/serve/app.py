@@ -6,11 +6,12 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
 from fastapi_offline import FastAPIOffline
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
+from parscale_core.serve.answer_json import AnswerJson
 from parscale_core.serve.errors import RequestFailed
 from parscale_core.serve.exchange import APIS, Exchange
 from parscale_core.serve.metrics import CONTENT_TYPE
@@ -40,7 +41,7 @@ def make_app(serving: Serving) -> FastAPI:
     @app.get("/health", summary="Whether the server answers")
     async def health() -> Response:
         status, word = serving.health()
-        return JSONResponse({"status": word}, status)
+        return AnswerJson({"status": word}, status)
 
     @app.get("/metrics", summary="For Prometheus")
     def metrics() -> Response:
@@ -49,13 +50,13 @@ def make_app(serving: Serving) -> FastAPI:
     @app.get("/v1/models", summary="What a request's model may be")
     async def models() -> Response:
         data = [_model(serving, name) for name in serving.names.all]
-        return JSONResponse({"object": "list", "data": data})
+        return AnswerJson({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}", summary="One of them", responses=ERRORS)
     async def model(name: str) -> Response:
         if name not in serving.names.all:
             serving.names.resolve(name)
-        return JSONResponse(_model(serving, name))
+        return AnswerJson(_model(serving, name))
 
     for path, api in APIS.items():
         schema = {"$ref": REFERENCE.format(model=api.schema.__name__)}
@@ -74,11 +75,11 @@ def make_app(serving: Serving) -> FastAPI:
         path = request.url.path
         found = "takes another method" if error.status_code == 405 else "is nothing here"
         failure = RequestFailed(error.status_code, f"{path[:200]} {found}")
-        return JSONResponse(failure.body(path), error.status_code, headers=error.headers)
+        return AnswerJson(failure.body(path), error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestFailed)
     async def failed(request: Request, failure: RequestFailed) -> Response:
-        return JSONResponse(failure.body(request.url.path), failure.status)
+        return AnswerJson(failure.body(request.url.path), failure.status)
 
     app.openapi = _document(app)  # type: ignore[method-assign]
     return app

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from parscale_core.serve import body, chat, completions, events, messages, responses
+from parscale_core.serve.answer_json import AnswerJson
 from parscale_core.serve.ask import Ask
 from parscale_core.serve.errors import HUNG_UP, RequestFailed
 from parscale_core.serve.turn import Turn
@@ -69,7 +70,7 @@ class Exchange(Response):
             if failure.status == HUNG_UP:
                 scope["parscale.hung_up"] = True
             elif not self.has_begun:
-                response = JSONResponse(
+                response = AnswerJson(
                     failure.body(self.path), failure.status, headers=failure.headers
                 )
                 await response(scope, receive, send)
@@ -112,7 +113,7 @@ class Exchange(Response):
             if not fields.stream:
                 answer = api.whole(fields, turn, await turn.whole())
                 self.has_begun = True
-                await JSONResponse(answer)(scope, self.request.receive, send)
+                await AnswerJson(answer)(scope, self.request.receive, send)
                 return
             headers = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-cache")]
             self.has_begun = self.is_stream = True
