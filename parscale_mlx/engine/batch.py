@@ -3,8 +3,9 @@
 from collections import deque
 from typing import Any
 
-from parscale_mlx.engine.mlx_lm_parts import BatchGenerator
+from parscale_mlx.engine.mlx_lm_parts import NO_PROCESSORS, BatchGenerator
 from parscale_mlx.engine.row import LogitsAndWeights, Row
+from parscale_mlx.engine.sampling import likeliest
 from parscale_mlx.engine.work import Work
 
 PROMPTS_AT_ONCE = 8
@@ -24,9 +25,11 @@ class Batch:
         self.rows: dict[int, Row] = {}
         # Not a module, and called as one.
         model: Any = work.model if work.streams == 1 else LogitsAndWeights(work.model)
+        # One object for all greedy rows: mlx-lm then calls it once for all.
+        self.greedy = work.sampler(None) or likeliest
         self.generator = BatchGenerator(
             model,
-            sampler=work.sampler(None),
+            sampler=self.greedy,
             completion_batch_size=size,
             prefill_batch_size=min(PROMPTS_AT_ONCE, size),
             prefill_step_size=work.prefill_step,
@@ -63,15 +66,13 @@ class Batch:
 
     def _begin(self, row: Row) -> None:
         caches, held = self.work.caches_for(row)
-        # None for the batch's own, which mlx-lm's types leave out.
-        sampler: Any = self.work.sampler(row.request.sampling)
         (uid,) = self.generator.insert(
             [row.prompt[held:]],
             [row.state.max_tokens],
             caches=[caches],
             all_tokens=[row.prompt[:held]],
-            samplers=[sampler],
-            logits_processors=[row.processors()],
+            samplers=[self.work.sampler(row.request.sampling) or self.greedy],
+            logits_processors=[row.processors() or NO_PROCESSORS],
         )
         self.rows[uid] = row
 

@@ -4,8 +4,11 @@
 the newest mlx-lm that pyproject.toml allows.
 """
 
+from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.generate import (
     BatchGenerator,  # insert(caches=, all_tokens=, samplers=, logits_processors=), next, remove
     generate_step,  # continues a given prompt_cache
@@ -23,6 +26,13 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from packaging.version import Version
+
+# Before 0.32 (which Python 3.10 has not) a batch loses track of its rows' processors when none of
+# them has any; then each has one that does nothing.
+NO_PROCESSORS: list[Callable[[mx.array, mx.array], mx.array]] = (
+    [] if Version(version("mlx-lm")) >= Version("0.32") else [lambda tokens, logits: logits]
+)
 
 
 def unwrapped(tokenizer: Any) -> tuple[Any, frozenset[int]]:
@@ -33,6 +43,7 @@ def unwrapped(tokenizer: Any) -> tuple[Any, frozenset[int]]:
 
 
 __all__ = [
+    "NO_PROCESSORS",
     "BatchGenerator",
     "LRUPromptCache",
     "can_trim_prompt_cache",

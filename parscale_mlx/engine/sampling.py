@@ -19,6 +19,11 @@ def random_seed() -> int:
     return secrets.randbits(64)
 
 
+def likeliest(logprobs: mx.array) -> mx.array:
+    """Greedy decoding: from log-probabilities [n, vocabulary] to tokens [n]."""
+    return mx.argmax(logprobs, axis=-1)
+
+
 def make_sampler(sampling: Sampling, spared: Sequence[int]) -> Sampler | None:
     """From log-probabilities [n, vocabulary] to tokens [n]; None for the likeliest.
 

@@ -253,3 +253,19 @@ def test_a_folder_s_adapters_and_end_tokens(tmp_path):
     with pytest.raises(ValueError, match="has 4"):
         engine.submit(Request([1], streams=2))
     engine.close()
+
+
+def test_rows_that_come_when_others_have_gone_keep_their_own_sampler_and_processors(golden):
+    if golden.name != "p1":
+        pytest.skip("rows without processors are those of models without streams")
+    engine = MlxEngine({1: golden.model}, BYTES)
+    handles = [engine.submit(request) for request in requests(golden)]
+    assert [tokens(h) for h in handles] == [row.greedy_tokens for row in golden.rows]
+    forced = Request([5], sampling=Sampling(max_tokens=4, logit_bias={7: 1000.0}), ignore_end=True)
+    sampled = Request([5], sampling=Sampling(max_tokens=9, temperature=50.0, seed=1))
+    handles = [engine.submit(request) for request in (forced, sampled, requests(golden)[0])]
+    forced_tokens, sampled_tokens, greedy = map(tokens, handles)
+    assert forced_tokens == [7] * 4
+    assert len(set(sampled_tokens)) > 4
+    assert greedy == golden.rows[0].greedy_tokens
+    engine.close()
