@@ -17,11 +17,14 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def end_tokens(folder: Path) -> list[int]:
+def end_tokens(folder: Path, tokenizer: Any = None) -> list[int]:
     """Ids of the tokens that end a text: all that any file of a model folder names, each once.
 
     config.json and generation_config.json name ids, the tokenizer's files name a token: published
     chat models have the base model's end in the first and the end of a turn in the last.
+
+    Args:
+        tokenizer: the folder's, where it is open: its class may have an end that no file names.
 
     Raises:
         ValueError: a file is not a JSON object, or what it says is not an id or a list of ids.
@@ -31,6 +34,8 @@ def end_tokens(folder: Path) -> list[int]:
         ends += _ids(folder / name, read_object(folder / name).get("eos_token_id"))
     if (token := _end_of_text(folder)) is not None:
         ends += [number] if (number := _token_id(folder, token)) is not None else []
+    if (own := getattr(tokenizer, "eos_token_id", None)) is not None:
+        ends.append(own)
     return list(dict.fromkeys(ends))
 
 

@@ -40,12 +40,11 @@ def open_engine(
     model = OnnxModel(first, provider, **options)
     checkpoint.check_vocabulary(folder, tokenizer, model.vocab_size)
     del graphs[model.streams]
-    own = tokenizer.eos_token_id
     tell = model.streams == 1 or model.aggregation_weights
     return OnnxEngine(
         model,
         tokenizer,
-        [*end_tokens(folder), *([] if own is None else [own])],
+        end_tokens(folder, tokenizer),
         others={
             n: partial(OnnxModel, file, model.provider, **options) for n, file in graphs.items()
         },

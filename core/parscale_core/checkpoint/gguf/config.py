@@ -129,7 +129,7 @@ def check_architecture(file: GGUF) -> str:
             continue
         if name not in NEUTRAL:
             raise ValueError(f"{path}: the key {key} is not understood")
-        value = file._one_value(key, None)
+        value = file.value(key)
         if value != NEUTRAL[name]:
             raise file.wrong(key, value, f"{NEUTRAL[name]}, the only value that is supported")
     return architecture

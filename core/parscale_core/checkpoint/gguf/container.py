@@ -41,13 +41,26 @@ class GGUF:
     tensors: list[Tensor]
     bytes: np.ndarray
 
+    def value(self, key: str, default: Any = None) -> Any:
+        """A value; arrays with an entry for each layer count where all are the same.
+
+        Raises:
+            ValueError: the layers differ.
+        """
+        value = self.metadata.get(key, default)
+        if not isinstance(value, np.ndarray):
+            return value
+        if not len(value) or (value != value[0]).any():
+            raise self.wrong(key, value.tolist(), "the same in every layer")
+        return value[0].item()
+
     def whole(self, key: str, default: int | None = None, *, least: int = 1) -> int | None:
-        """A whole number; arrays with an entry for each layer count where all are the same.
+        """A whole number; arrays as for ``value``.
 
         Raises:
             ValueError: it is something else, or the layers differ.
         """
-        value = self._one_value(key, default)
+        value = self.value(key, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -55,12 +68,12 @@ class GGUF:
         return value
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """A finite number; arrays as for ``whole``.
+        """A finite number; arrays as for ``value``.
 
         Raises:
             ValueError: as ``whole``.
         """
-        value = self._one_value(key, default)
+        value = self.value(key, default)
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
@@ -105,14 +118,6 @@ class GGUF:
                 part = dequantize(stored[begin : begin + step], tensor.kind)
                 values[begin : begin + step] = part.reshape(-1, columns)
         return values.reshape(tensor.shape)
-
-    def _one_value(self, key: str, default: float | None) -> Any:
-        value = self.metadata.get(key, default)
-        if not isinstance(value, np.ndarray):
-            return value
-        if not len(value) or (value != value[0]).any():
-            raise self.wrong(key, value.tolist(), "the same in every layer")
-        return value[0].item()
 
 
 def open_container(path: Path) -> GGUF:
