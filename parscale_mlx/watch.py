@@ -1,13 +1,14 @@
 """Notice a rank that dies: a collective operation that waits for it may never return.
 
-Every rank keeps a TCP connection to rank 0 beside MLX's own. Nothing goes through it until a rank
-leaves and says how; the operating system closes it for a process that dies without a word, and its
-keepalive finds a machine that is gone.
+Every rank keeps a TCP connection to rank 0 beside MLX's own. A byte a second goes through it, and
+when a rank leaves, how; the operating system closes it for a process that dies without a word, its
+keepalive finds a machine that is gone, and a process that is frozen sends nothing.
 """
 
 import json
 import os
 import secrets
+import select
 import socket
 import threading
 import time
@@ -24,11 +25,17 @@ GRACE = 1.0  # seconds for this rank to fail by itself, when another one says wh
 SETTLE = 3.0  # seconds for the watch to hear what broke a collective operation
 KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPALIVE": 2, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 4}
 DONE = "\0"
+BEAT = b"\1"
+PULSE = 1.0  # seconds between two beats
+TIMEOUT = 60.0  # seconds without one until a rank counts as frozen
 
 
 @contextmanager
-def watched(group: mx.distributed.Group) -> Iterator[None]:
-    """While this runs, end this process when another rank dies or fails.
+def watched(group: mx.distributed.Group, timeout: float = TIMEOUT) -> Iterator[None]:
+    """While this runs, end this process when another rank dies, fails or freezes.
+
+    Args:
+        timeout: seconds without a sign of life from a rank.
 
     Rank 0 says on standard error which rank it was and why. Nothing is watched where the launcher
     tells no address of rank 0 (MPI, whose ``mpirun`` ends all ranks when one dies).
@@ -41,7 +48,7 @@ def watched(group: mx.distributed.Group) -> Iterator[None]:
     if group.size() == 1 or address is None:
         yield
         return
-    watch = _Watch(group.rank(), _connect(group, address))
+    watch = _Watch(group.rank(), _connect(group, address), timeout)
     try:
         yield
         # Nobody leaves while another rank still waits for its part of what is under way.
@@ -58,12 +65,19 @@ def watched(group: mx.distributed.Group) -> Iterator[None]:
 
 
 class _Watch:
-    def __init__(self, rank: int, connections: dict[int, socket.socket]):
+    def __init__(self, rank: int, connections: dict[int, socket.socket], timeout: float):
         self.rank = rank
-        self.connections = connections
+        self.connections, self.timeout = connections, timeout
         self.leaving = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
         for peer, connection in connections.items():
             threading.Thread(target=self._listen, args=(peer, connection), daemon=True).start()
+
+    def _beat(self) -> None:
+        while not self.leaving.wait(min(PULSE, self.timeout / 4)):
+            for connection in self.connections.values():
+                with suppress(OSError):
+                    connection.send(BEAT, socket.MSG_DONTWAIT)
 
     def leave(self, message: str) -> None:
         """Tell the connected ranks how this one ends."""
@@ -74,19 +88,42 @@ class _Watch:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def _listen(self, peer: int, connection: socket.socket) -> None:
+        received, frozen = b"", False
         try:
-            message = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+            while data := self._receive(connection):
+                received += data.replace(BEAT, b"")
+        except TimeoutError:
+            frozen = True
         except OSError:
-            message = ""
+            pass
+        message = received.decode()
         if message == DONE or (message and self.leaving.wait(GRACE)) or self.leaving.is_set():
             return
         text = f"rank {peer}: {message}" if message else f"rank {peer} has died"
+        if frozen:
+            text = f"rank {peer} has given no sign of life for {self.timeout:g} seconds"
         if self.rank == 0 or not message:
             # Not through sys.stderr: on other ranks than 0 that may lead nowhere.
             os.write(2, f"Error: {text}\n".encode())
         self.leave(text)
         # Only so: the main thread may sit in a collective operation that never returns.
         os._exit(1)
+
+    def _receive(self, connection: socket.socket) -> bytes:
+        """What a rank sends next; b"" when it is gone.
+
+        Raises:
+            TimeoutError: nothing came for too long.
+        """
+        heard = time.monotonic()
+        while True:
+            before = time.monotonic()
+            if select.select([connection], [], [], PULSE)[0]:
+                return connection.recv(4096)
+            # A process that was itself stopped for a while has heard nobody.
+            heard += max(0.0, time.monotonic() - before - 2 * PULSE)
+            if time.monotonic() - heard > self.timeout:
+                raise TimeoutError
 
 
 def _address() -> str | None:

@@ -41,7 +41,7 @@ def parallel_option(command: Callable) -> Callable:
     """
 
     @wraps(command)
-    def run(*args, parallel, **options):
+    def run(*args, parallel, watch_timeout, **options):
         if parallel is None:
             return command(*args, parallel=None, **options)
         if "-" in options.get("texts", ()):
@@ -51,9 +51,17 @@ def parallel_option(command: Callable) -> Callable:
             )
         if options.get("prompt_cache") is not None:
             raise click.UsageError("--prompt-cache cannot go with --parallel")
-        with together():
+        with together(watch_timeout):
             return command(*args, parallel=parallel, **options)
 
+    run = click.option(
+        "--watch-timeout",
+        type=click.FloatRange(1),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="--parallel: end all processes when one of them gives no sign of life for so long.",
+    )(run)
     return click.option(
         "--parallel",
         type=Mode(),
@@ -64,7 +72,7 @@ def parallel_option(command: Callable) -> Callable:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(watch_timeout: float = 60.0) -> Iterator[None]:
     """What every rank runs: rank 0 alone prints, and an error of any is said once.
 
     Raises:
@@ -80,7 +88,7 @@ def together() -> Iterator[None]:
             "--parallel: this is the only process; start several: mlx.launch -n 2 -- parscale ..."
         )
     group = join()
-    with watched(group):
+    with watched(group, watch_timeout):
         if group.rank() == 0:
             yield
             return

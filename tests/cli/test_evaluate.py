@@ -9,7 +9,7 @@ import sys
 import time
 from itertools import combinations
 
-from parscale_mlx.evaluation.completions import complete
+from parscale_mlx.engine import open_engine
 from parscale_mlx.load import open_models
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ import pytest
 from parscale_cli.evaluation.pass_at_k import Sample, estimate, pass_at_k, run_samples
 from parscale_cli.evaluation.problems import humaneval_file, read_problems
 from parscale_cli.evaluation.sandbox import Limits, Outcome, run_program
+from parscale_core.engine import Request, Sampling
 from tiny_models import error_line
 
 HUMANEVAL = [
@@ -206,13 +207,19 @@ def test_estimates_average_over_problems(tmp_path):
 
 
 def test_completions_of_a_batch_end_at_their_stops(backbone, adapter):
-    models, tokenizer = open_models(backbone, [adapter], [4])
     prompts = [f"prompt {n}" for n in range(7)]
 
     def run(stops, batch_size):
-        asked = [(prompt, stop) for prompt, stop in zip(prompts, stops, strict=True)]
-        found = complete(models[4], tokenizer, asked, max_tokens=12, batch_size=batch_size)
-        return [text for _, text in sorted(found)]
+        with open_engine(backbone, adapters=[adapter], batch_size=batch_size) as engine:
+            handles = [
+                engine.submit(
+                    Request(
+                        engine.tokenizer.encode(prompt), sampling=Sampling(max_tokens=12), stop=stop
+                    )
+                )
+                for prompt, stop in zip(prompts, stops, strict=True)
+            ]
+            return ["".join(piece.text for piece in handle) for handle in handles]
 
     whole = run([()] * 7, 1)
     stops = [(text[n + 5 : n + 9],) for n, text in enumerate(whole)]

@@ -1,7 +1,9 @@
 """Ranks that die, fail or differ: one clear error on rank 0, and nobody left waiting."""
 
+import os
 import re
 import shutil
+import signal
 import time
 
 import pytest
@@ -78,6 +80,22 @@ def test_a_rank_killed_amid_an_answer(folders, rank):
     assert time.monotonic() - killed < PATIENCE
     assert other.exit_code == 1
     assert errors(other) == [f"Error: rank {rank} has died"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_frozen_amid_an_answer(folders, rank):
+    arguments = generate(folders[0], "-n", 100_000, "--watch-timeout", 3)
+    ranks = Ranks(2, rank_jobs.run_command_of_rank, [arguments, arguments])
+    while not ranks.output(0):
+        time.sleep(0.05)
+    frozen = time.monotonic()
+    os.kill(ranks.processes[rank].pid, signal.SIGSTOP)
+    other = ranks.processes[1 - rank]
+    other.join(PATIENCE)
+    assert other.exitcode == 1 and time.monotonic() - frozen < PATIENCE
+    ranks.processes[rank].kill()
+    message = f"Error: rank {rank} has given no sign of life for 3 seconds"
+    assert errors(ranks.wait()[1 - rank]) == [message]
 
 
 def generate(folder, *options) -> list[str]:
