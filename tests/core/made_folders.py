@@ -4,18 +4,13 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
-import transformers
+import pytest
 from safetensors.numpy import load_file, save_file
 
-CLASSES = {
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
-    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
-    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
-}
+FAMILIES = {
+    "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral",
+    "smollm3": "SmolLM3", "granite": "Granite",
+}  # fmt: skip
 SIZES = dict(
     vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -57,9 +52,18 @@ ROPES = {
 }
 
 
+def _libraries():
+    torch = pytest.importorskip("torch", reason="transformers computes with PyTorch")
+    import transformers
+
+    return torch, transformers
+
+
 def make(folder: Path, family: str = "llama", *, seed: int = 0, dtype=None, **fields) -> Path:
     """Write a random model; ``fields`` are put into its ``config.json`` as they are."""
-    config_class, model_class = CLASSES[family]
+    torch, transformers = _libraries()
+    config_class = getattr(transformers, f"{FAMILIES[family]}Config")
+    model_class = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")
     torch.manual_seed(seed)
     plain = config_class(**SIZES)
     loud = {"initializer_range": 0.2}  # so that positions matter to the logits
@@ -86,6 +90,7 @@ def _understood(fields: dict) -> dict:
 
 def expected(folder: Path, ids: list[int]) -> np.ndarray:
     """transformers' logits [L, vocab] in float32."""
+    torch, transformers = _libraries()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model.eval()(torch.tensor([ids])).logits[0].numpy()
@@ -125,6 +130,7 @@ def expected_of_streams(backbone: Path, whole: Path, ids: list[int]) -> np.ndarr
     Each stream is a run over a cache that holds its prefix, whose keys are not rotated and take no
     position.
     """
+    torch, transformers = _libraries()
     model = transformers.AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32).eval()
     config = json.loads((whole / "config.json").read_text())
     tensors = {k: torch.tensor(v) for k, v in load_file(whole / "model.safetensors").items()}

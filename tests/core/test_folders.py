@@ -9,11 +9,12 @@ import parscale_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 from made_folders import expected, make, tokens
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import OnnxModel, export_onnx
 from safetensors.numpy import load_file, save_file
+
+torch = pytest.importorskip("torch", reason="these folders are made with PyTorch")
 
 IDS = tokens(12)
 
