@@ -13,7 +13,7 @@ import click
 from parscale_cli.adapters import many_streams_options
 from parscale_cli.parallel import parallel_option
 from parscale_cli.quantities import WholeNumbers
-from parscale_cli.runtime import follows, open_all, runtime_options
+from parscale_cli.runtime import choose_runtime, follows, open_all, runtime_options
 
 if TYPE_CHECKING:
     from parscale_cli.evaluation.pass_at_k import Sample
@@ -168,6 +168,8 @@ def evaluate(ctx, model, runtime, output, force, as_json, **options):
             "--tasks cannot go with --parallel: the harness's model would give each process "
             "questions of its own; --code can"
         )
+    if tasks and choose_runtime(model, runtime) == "onnx":
+        raise click.UsageError("--tasks is an option of --runtime mlx; --code takes exports, too")
     _check(tasks, files, output, force, options)
     problems = _read_all(files, options["limit"])
     harness = manager = None

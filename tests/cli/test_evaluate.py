@@ -353,9 +353,12 @@ def test_tasks_of_the_harness_on_local_data(parscale, backbone, adapter, tmp_pat
     pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     models, tokenizer = open_models(backbone, [adapter])
-    for n, value in enumerate(CHOICES):
-        answers = complete(models[4], tokenizer, [(value["question"], ())], max_tokens=5)
-        value["expected"] = next(answers)[1] if n % 2 else "something else"
+    with open_engine(backbone, adapters=[adapter]) as engine:
+        for n, value in enumerate(CHOICES):
+            ids = engine.tokenizer.encode(value["question"])
+            pieces = engine.submit(Request(ids, sampling=Sampling(max_tokens=5)))
+            answer = "".join(piece.text for piece in pieces)
+            value["expected"] = answer if n % 2 else "something else"
     data = write_lines(tmp_path / "data.jsonl", CHOICES)
     for name, text in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(text.format(data=data))
