@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 from cases import GOLDEN, LAYOUTS, batches, random_model
 from parscale_export import OnnxModel, export_onnx
+from parscale_export.runtime.likeliest import Likeliest
 from parscale_export.runtime.provider import CUDA, count_devices
 
 # Inputs that CUDA kernels take from the host's memory, by position.
@@ -65,6 +66,28 @@ def test_steps_of_fixed_shapes(tmp_path, case, kv_layout, all_logits):
     plain = OnnxModel(folder, "cpu")
     prompts = batches(case)[1].prompts
     assert model.generate(prompts, max_tokens=300) == plain.generate(prompts, max_tokens=300)
+
+
+def test_likeliest_tokens():
+    logits = np.random.default_rng(0).normal(size=(5, 1, 3000)).astype(np.float32)
+    logits[1, 0, [70, 900]] = 9  # of equals, the first
+    logits[3, 0, 5], logits[4, 0, 5] = np.nan, np.inf
+    value = ort.OrtValue.ortvalue_from_numpy(logits)
+    tokens = Likeliest("CPUExecutionProvider", ("cpu", 0)).of(value)()
+    assert tokens[:3].tolist() == logits[:3].argmax(-1).tolist()
+    assert (tokens[1, 0], *tokens[3:, 0]) == (70, -1, -1)
+
+
+def test_steps_of_fixed_shapes_stop_at_nan(tmp_path):
+    model = OnnxModel(export_onnx(GOLDEN / "p1", tmp_path / "out"), "cpu")
+    model.cuda_graph = True
+    tokens = model.stream([[1, 2, 3]], 20)
+    for _ in range(3):
+        next(tokens)
+    for value in model.slots(1).block.buffers:
+        value.update_inplace(np.full(value.shape(), np.nan, np.float32))
+    with pytest.raises(ArithmeticError, match="the logits have"):
+        list(tokens)
 
 
 def test_fused_float32_has_no_kernel_on_cuda(tmp_path, monkeypatch):

@@ -107,6 +107,7 @@ def test_a_step_stays_on_the_device(look, tmp_path):
     for report in look(*folders, record=True):
         check(report)
         assert (report["recorded_from_host"], report["replays"]) == (0, 1)
+        assert report["to_host"] == 16  # two tokens, chosen on the device
 
 
 def test_launches(look, tmp_path):

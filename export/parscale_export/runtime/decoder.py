@@ -33,6 +33,13 @@ class Row(Protocol):
     @property
     def finished(self) -> bool: ...
 
+    @property
+    def greedy(self) -> bool:
+        """Whether all it asks of logits is their likeliest token."""
+
+    def take_token(self, token: int, weights: np.ndarray | None) -> None:
+        """Go on with the likeliest token, given the streams' weights [P] if any."""
+
     def take(self, logits: np.ndarray, weights: np.ndarray | None) -> None:
         """Choose the next token from logits [vocab], given the streams' weights [P] if any."""
 
@@ -173,20 +180,24 @@ class Decoder:
             row.tokens[stored.length]
             for row, stored in zip(self.running, self.slots.sequences, strict=True)
         ]
-        results = self.slots.step(fed)
+        results = self.slots.step(fed, greedy=all(row.greedy for row in self.running))
         for n, row in enumerate(self.running):
             # Else it is in its prompt still, whose rest goes token by token.
             if self.slots.sequences[n].length == len(row.tokens):
                 self._take(row, results, n)
 
     def _take(self, row: Row, results: Sequence[np.ndarray], n: int) -> None:
-        logits = results[0][n, -1]
+        first, weights = results[0][n, -1], results[1][n, -1] if len(results) > 1 else None
+        is_token = first.dtype == np.int64
         try:
-            self.model.check_numbers(logits)
+            self.model.check_numbers(np.float32(np.nan if first < 0 else 0) if is_token else first)
         except ArithmeticError as error:
             row.fail(error)
             return
-        row.take(logits, results[1][n, -1] if len(results) > 1 else None)
+        if is_token:
+            row.take_token(int(first), weights)
+        else:
+            row.take(first, weights)
 
 
 def _prompt_failed(error: Exception) -> RuntimeError:

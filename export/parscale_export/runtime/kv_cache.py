@@ -79,16 +79,23 @@ class FixedSteps:
         self.binding.bind_ortvalue_input("input_ids", self.ids)
         self.binding.bind_ortvalue_input("attention_mask", self.mask)
         self.results = bind_results(self.binding, model, batch, 1, model.device)
+        self.likeliest = model.likeliest.of(self.results[0])
         bind_buffers(self.binding, model, buffers)
 
-    def step(self, ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-        """As ``Cache.step``, for one token."""
+    def step(self, ids: np.ndarray, mask: np.ndarray, *, greedy: bool = False) -> list[np.ndarray]:
+        """As ``Cache.step``, for one token.
+
+        Args:
+            greedy: instead of logits, give the likeliest tokens, int64 [B, 1]; -1 where the logits
+                are not numbers.
+        """
         whole = np.zeros((len(mask), self.capacity), np.int64)
         whole[:, : mask.shape[1]] = mask
         self.ids.update_inplace(np.ascontiguousarray(ids))
         self.mask.update_inplace(whole)
         self.model.steps.run_with_iobinding(self.binding, self.run_options)
-        return [value.numpy() for value in self.results]
+        first = self.likeliest() if greedy else self.results[0].numpy()
+        return [first, *(value.numpy() for value in self.results[1:])]
 
 
 def bind_results(

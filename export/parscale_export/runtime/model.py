@@ -16,9 +16,10 @@ from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.copies import Buffers, RowCopier
 from parscale_export.runtime.decoder import Decoder
 from parscale_export.runtime.kv_cache import FixedSteps
+from parscale_export.runtime.likeliest import Likeliest
 from parscale_export.runtime.prefill import Growing, chunks
 from parscale_export.runtime.provider import CUDA, records_steps
-from parscale_export.runtime.sampling import choose, generator
+from parscale_export.runtime.sampling import choose, generator, takes_likeliest
 from parscale_export.runtime.session import (
     attention_heads,
     check_operators,
@@ -260,6 +261,11 @@ class OnnxModel:
         return FixedSteps(self, block.buffers, block.sequences, block.room, self._graphs)
 
     @cached_property
+    def likeliest(self) -> Likeliest:
+        """Finds the likeliest tokens where the logits are."""
+        return Likeliest(self.provider, self.device)
+
+    @cached_property
     def copier(self) -> RowCopier:
         """Copies between KV caches of this model."""
         return RowCopier(len(self.pasts), self.cache_type, self.provider, self.device)
@@ -298,9 +304,12 @@ class _Row:
         self.tokens, self.end = list(prompt), len(prompt) + sampling.max_tokens
         self.cached_tokens, self.finished = 0, False
         self.random, self.came = generator(seed), came
+        self.greedy = takes_likeliest(sampling)
 
     def take(self, logits: np.ndarray, weights: np.ndarray | None) -> None:
-        token = choose(logits, self.tokens, self.sampling, self.random)
+        self.take_token(choose(logits, self.tokens, self.sampling, self.random), weights)
+
+    def take_token(self, token: int, weights: np.ndarray | None) -> None:
         self.tokens.append(token)
         self.came.append(Token(self.number, token, weights))
         self.finished = token in self.stops or len(self.tokens) == self.end

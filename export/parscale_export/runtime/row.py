@@ -7,7 +7,7 @@ from parscale_core.engine import Answer, Logprob
 from parscale_core.engine.grammar import GrammarMatcher
 from parscale_core.engine.logprobs import told
 
-from parscale_export.runtime.sampling import choose, generator
+from parscale_export.runtime.sampling import choose, generator, takes_likeliest
 
 
 class RequestRow:
@@ -41,6 +41,12 @@ class RequestRow:
     def finished(self) -> bool:
         return self.state.finish_reason is not None
 
+    @property
+    def greedy(self) -> bool:
+        """Whether all it asks of logits is their likeliest token."""
+        asks_more = self.matcher is not None or self.request.logprobs is not None
+        return not asks_more and takes_likeliest(self.request.sampling)
+
     def interrupt(self) -> None:
         """End the answer if it is cancelled or its time is over."""
         if not self.finished and (piece := self.state.interrupt()) is not None:
@@ -65,8 +71,20 @@ class RequestRow:
         top: tuple[Logprob, ...] = ()
         if request.logprobs is not None:
             logprob, top = told(logits, token, request.logprobs)
+        self._push(token, weights, logprob, top)
+
+    def take_token(self, token: int, weights: np.ndarray | None) -> None:
+        self._push(token, weights)
+
+    def _push(
+        self,
+        token: int,
+        weights: np.ndarray | None,
+        logprob: float | None = None,
+        top: tuple[Logprob, ...] = (),
+    ) -> None:
         streams = None
-        if request.stream_weights:
+        if self.request.stream_weights:
             streams = (1.0,) if weights is None else tuple(weights.tolist())
         self.tokens.append(token)
         self.answer.put(

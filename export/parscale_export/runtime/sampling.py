@@ -41,15 +41,28 @@ def choose(
     return int(ids[min(place, len(ids) - 1)])
 
 
-def _adjust(logits: np.ndarray, tokens: Sequence[int], sampling: Sampling) -> np.ndarray:
-    """Logits with the bias and the penalties for recent tokens."""
-    penalties = (
+def takes_likeliest(sampling: Sampling) -> bool:
+    """Whether nothing but the largest logit decides."""
+    return sampling.temperature == 0 and not _adjusts(sampling)
+
+
+def _adjusts(sampling: Sampling) -> bool:
+    return bool(sampling.logit_bias) or any(_penalties(sampling))
+
+
+def _penalties(sampling: Sampling) -> tuple[bool, bool, bool]:
+    return (
         sampling.repetition_penalty != 1,
         sampling.presence_penalty != 0,
         sampling.frequency_penalty != 0,
     )
-    if not sampling.logit_bias and not any(penalties):
+
+
+def _adjust(logits: np.ndarray, tokens: Sequence[int], sampling: Sampling) -> np.ndarray:
+    """Logits with the bias and the penalties for recent tokens."""
+    if not _adjusts(sampling):
         return logits
+    penalties = _penalties(sampling)
     logits = logits.copy()
     if sampling.logit_bias:
         biased = np.fromiter(sampling.logit_bias, np.int64)

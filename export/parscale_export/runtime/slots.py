@@ -44,8 +44,12 @@ class Slots:
         if not self.sequences and not self.model.cuda_graph:
             self.block = self._steps = None  # what was long may have been the longest for long
 
-    def step(self, tokens: Sequence[int]) -> list[np.ndarray]:
-        """Feed each sequence one token: results [B, 1, width], as ``Cache.step``."""
+    def step(self, tokens: Sequence[int], *, greedy: bool = False) -> list[np.ndarray]:
+        """Feed each sequence one token: results [B, 1, width], as ``Cache.step``.
+
+        Args:
+            greedy: where steps are of fixed shapes, give tokens instead of logits, as they do.
+        """
         self._settle()
         block, steps = self.block, self._steps
         assert block is not None and steps is not None
@@ -57,7 +61,11 @@ class Slots:
             mask = np.arange(lengths.max()) < lengths[:, None]
         else:
             mask = np.arange(block.room, -1, -1) < lengths[:, None]
-        results = steps.step(ids, mask.astype(np.int64))
+        mask = mask.astype(np.int64)
+        if isinstance(steps, FixedSteps):
+            results = steps.step(ids, mask, greedy=greedy)
+        else:
+            results = steps.step(ids, mask)
         if isinstance(steps, Cache) and not self.model.shares_buffer:
             self.block = block = Block(self.model, steps.pasts)
         self.sequences = [

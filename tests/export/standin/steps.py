@@ -41,7 +41,7 @@ def look(folder: str, record: bool) -> dict:
     profile = json.loads(Path(session.end_profiling()).read_text())
     notes = NOTES.read_bytes()
     *_, start, end = session.marks
-    last = notes[start:end].decode().splitlines()
+    last, after = notes[start:end].decode().splitlines(), notes[end:].decode().splitlines()
     lines = notes.decode().splitlines()
     recorded = [line for line in lines if line.startswith("recorded ")]
     step = [line.removeprefix("recorded ") for line in recorded] if record else last
@@ -51,6 +51,7 @@ def look(folder: str, record: bool) -> dict:
         "kinds": collections.Counter(line.rsplit(" ", 1)[0] if "copy" in line else line.split()[0]
                                      for line in step),
         "kernels": [line.split()[1] for line in step if line.startswith(("kernel", "library"))],
+        "to_host": sum(int(line.split()[-1]) for line in after if "device-to-host" in line),
         "replays": last.count("graph"),
         "recorded_from_host": sum("host-to-device" in line for line in recorded),
         "uploaded": sum(int(line.split()[-1]) for line in opened if "host-to-device" in line),

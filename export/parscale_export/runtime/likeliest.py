@@ -1,0 +1,74 @@
+"""The likeliest token of each row, found where the logits lie: eight bytes a row go to the host."""
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from parscale_export.runtime.provider import CPU, CUDA, cuda_options
+
+
+class Likeliest:
+    """A small graph beside a model's, on its device.
+
+    Args:
+        provider: CPU or CUDA, by its full name.
+        device: where logits are, as onnxruntime names it, and its number.
+    """
+
+    def __init__(self, provider: str, device: tuple[str, int]):
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        providers: list = [CPU]
+        if provider == CUDA:
+            providers.insert(0, (CUDA, cuda_options(device[1], cuda_graph=False)))
+        graph = _graph().SerializeToString()
+        self.session = ort.InferenceSession(graph, options, providers=providers)
+        self.device = device
+        self.run_options = ort.RunOptions()
+        self.run_options.log_severity_level = 4
+
+    def of(self, logits: ort.OrtValue) -> Callable[[], np.ndarray]:
+        """What gives the tokens of logits, float32 [B, 1, vocab], as they are when it is called.
+
+        These are int64 [B, 1]: of equals the first; -1 where logits are not numbers.
+        """
+        shape = logits.shape()[:2]
+        tokens = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.int64, *self.device)
+        binding = self.session.io_binding()
+        binding.bind_ortvalue_input("logits", logits)
+        binding.bind_ortvalue_output("tokens", tokens)
+
+        def choose() -> np.ndarray:
+            self.session.run_with_iobinding(binding, self.run_options)
+            return tokens.numpy()
+
+        return choose
+
+
+def _graph() -> onnx.ModelProto:
+    tape = ir.tape.Tape()
+
+    def constant(value: list[int] | int) -> ir.Value:
+        return tape.initializer(ir.tensor(np.array(value, np.int64), name=f"constant{value}"))
+
+    logits = ir.Value(
+        name="logits", shape=ir.Shape(["B", 1, "V"]), type=ir.TensorType(ir.DataType.FLOAT)
+    )
+    # ArgMax is a kernel of cuDNN's on CUDA.
+    _, places = tape.op_multi_out("TopK", [logits, constant([1])], num_outputs=2)
+    places = tape.op("Squeeze", [places, constant([2])])
+    total = tape.op("ReduceSum", [logits, constant([2])], {"keepdims": 0})
+    # NaN and infinity, less themselves, are NaN, which is not equal to itself.
+    difference = tape.op("Sub", [total, total])
+    are_numbers = tape.op("Equal", [difference, difference])
+    tokens = tape.op("Where", [are_numbers, places, constant(-1)])
+    tokens.name, tokens.type = "tokens", ir.TensorType(ir.DataType.INT64)
+    tokens.shape = ir.Shape(["B", 1])
+    graph = ir.Graph(
+        [logits], [tokens], nodes=tape.nodes, initializers=tape.initializers,
+        opset_imports={"": 18}, name="likeliest",
+    )  # fmt: skip
+    return ir.to_proto(ir.Model(graph, ir_version=9))
