@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import numpy as np
 import onnx
@@ -95,6 +96,24 @@ def test_chat_templates_are_one_text_or_none(tmp_path, template):
     folder = export_onnx(model, tmp_path / "out", target="genai")
     expected = {} if template is None else {"chat_template": "{{ messages }}"}
     assert read(folder / "tokenizer_config.json") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", b"\xff\xfe"),
+        ("tokenizer_config.json", b'{"chat_template": 5}'),
+        ("tokenizer_config.json", b"{"),
+        ("generation_config.json", b'{"eos_token_id": true}'),
+    ],
+)
+def test_side_files_that_are_wrong(tmp_path, name, content):
+    model = variant(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{}")
+    (model / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(str(model / name))):
+        export_onnx(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json"])

@@ -10,7 +10,7 @@ from typing import Any
 from parscale_core.checkpoint.config import read_json
 from parscale_core.checkpoint.links import check_link
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_FILES = (
     "tokenizer*", "*token*.json", "*.jinja", "chat_template*", "*.txt", "*.tiktoken", "vocab.*",
@@ -79,12 +79,13 @@ def write_tokenizer(origin: Path, folder: Path, *, inline_template: bool) -> Non
         if not any((origin / name).is_file() for name in VOCABULARIES):
             return
         load_tokenizer(origin).save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    config, template = read_object(file), chat_template(folder)
-    had = config.pop("chat_template", None)
-    if template is not None and (inline_template or had is not None):
+        origin = folder
+    before, template = read_object(origin / CONFIG), chat_template(origin)
+    config = {key: value for key, value in before.items() if key != "chat_template"}
+    if template is not None and (inline_template or before.get("chat_template") is not None):
         config["chat_template"] = template
-    if config != read_object(file):
+    if config != before:
+        file = folder / CONFIG
         file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -122,8 +123,11 @@ def chat_template(folder: Path) -> str | None:
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "tokenizer_config.json"):
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text") from error
+    for name in ("chat_template.json", CONFIG):
         template = read_object(folder / name).get("chat_template")
         if isinstance(template, list):
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -164,7 +168,7 @@ def _ids(file: Path, value: Any) -> list[int]:
 
 
 def _end_of_text(folder: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in (CONFIG, "special_tokens_map.json"):
         token = read_object(folder / name).get("eos_token")
         if isinstance(token, dict):  # an AddedToken
             token = token.get("content")
@@ -175,7 +179,7 @@ def _end_of_text(folder: Path) -> str | None:
 
 def _token_id(folder: Path, token: str) -> int | None:
     whole = read_object(folder / TOKENIZER)
-    decoder = read_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    decoder = read_object(folder / CONFIG).get("added_tokens_decoder") or {}
     try:
         added = {entry["content"]: entry["id"] for entry in whole.get("added_tokens") or []}
         added |= {entry["content"]: int(number) for number, entry in decoder.items()}
