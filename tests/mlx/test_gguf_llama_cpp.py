@@ -46,9 +46,25 @@ def scaling(**values):
          "yarn without length", "magnitude alone", "base"],
 )  # fmt: skip
 def test_logits(tmp_path, metadata):
-    file = write_gguf(tmp_path / "m.gguf", *random_weights(), metadata=[words, *metadata])
-    convert(file, tmp_path / "out")
-    model, _ = load_model(tmp_path / "out")
+    check_logits(write_gguf(tmp_path / "m.gguf", *random_weights(), metadata=[words, *metadata]))
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_logits_of_other_families(tmp_path, architecture):
+    weights, sizes = random_weights(biases=architecture == "qwen2")
+    random, norms = np.random.default_rng(1), []
+    if architecture == "qwen3":
+        names = [f"blk.{n}.attn_{part}_norm.weight" for n in (0, 1) for part in "qk"]
+        norms = [(name, random.normal(1, 0.3, 16).astype(np.float32)) for name in names]
+    kind = {"architecture": architecture, "metadata": [words], "extra": norms}
+    check_logits(write_gguf(tmp_path / "m.gguf", weights, sizes, **kind))
+
+
+def check_logits(file):
+    """Ours after 100 tokens are llama.cpp's."""
+    folder = file.with_suffix("")
+    convert(file, folder)
+    model, _ = load_model(folder)
     ids = [(7 * n * n + 3 * n + 5) % 317 + 3 for n in range(100)]
     logits = np.array(model(mx.array([ids]))[0, -1], np.float64)
     ours = logits - np.logaddexp.reduce(logits)
