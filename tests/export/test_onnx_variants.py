@@ -136,7 +136,8 @@ def test_quantised_exports_compute_what_their_codes_say(
         OnnxModel(
             export_onnx(
                 folder, tmp_path / name, kv_layout=kv_layout, ops=ops, precision=chosen,
-                head_precision=head, all_logits=True, accuracy_level=0,
+                head_precision=head, embedding_precision="fp32", all_logits=True,
+                accuracy_level=0,
             )
         )
         for name, folder, chosen, head in (
