@@ -1,6 +1,6 @@
 """Prefill and decode speed of exported graphs: P streams beside P=1, and both beside others.
 
-    python benchmarks/generate_onnx.py [--streams 1,4,8] [--precision fp32] [--prompt 256] [--json]
+    python benchmarks/generate_onnx.py [--streams 1,4,8] [--precision fp32,w8a8] [--prompt 256]
 
 All sides have the same random weights in the shape of SmolLM2-135M (or of --config), and take turns
 in one run, so that what else the machine does touches all of them. Each is a process of its own,
@@ -10,12 +10,15 @@ them several times. Times are medians over all; ratios are to the first side. Wh
 want the same cores, --threads 1 --cpu-time measures the processor's time instead. Beside our fused
 graphs run:
 
+- heads: the same graphs with the streams as heads;
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
   go through the host on every step;
-- genai: the graph that onnxruntime-genai's own builder makes for P=1, run by onnxruntime-genai
-  (where it, PyTorch and transformers are installed);
-- PyTorch: the structure of the published code, streams as rows of a batch, caches grown by
-  concatenation (where PyTorch and transformers are installed).
+- genai: the graphs that onnxruntime-genai's own builder makes for P=1 in float32, and in 4 bits
+  where a precision is quantised, run by onnxruntime-genai (where it, PyTorch and transformers are
+  installed);
+- pytorch: the structure of the published code, streams as rows of a batch, caches grown by
+  concatenation, in float32 (where PyTorch and transformers are installed);
+- llama: llama.cpp for P=1, in Q8_0 and Q4_0 (where xllamacpp is installed).
 
 With --provider cuda: our exports for CUDA, genai's graph (where onnxruntime-genai-cuda is), and the
 same weights in MLX where its CUDA build is (mlx[cuda13]). --device names the card, for the share of
@@ -32,11 +35,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from llama_side import llama_side, write_gguf
 from parscale_cli.analysis.devices import DEVICES
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_export import OnnxModel, export_onnx
@@ -71,6 +76,8 @@ Side = Callable[[list[int], int], Iterator[object]]
 
 def write_checkpoint(folder: Path, config: dict, streams: int) -> Path:
     """A random checkpoint; what does not depend on P is the same for every P."""
+    if folder.exists():
+        return folder
     folder.mkdir()
     fields = {"parscale_n": streams, "parscale_n_tokens": PREFIX}
     (folder / "config.json").write_text(json.dumps(config | fields))
@@ -159,15 +166,8 @@ def build_genai(
     for name, content in (("vocab.json", '{"a": 0}'), ("merges.txt", "#version: 0.2\n")):
         (checkpoint / name).write_text(content)
     GPT2TokenizerFast.from_pretrained(checkpoint).save_pretrained(checkpoint)
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-p",
-        precision,
-        "-e",
-        provider,
-    ]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    command += ["-p", precision, "-e", provider]
     command += ["-i", str(checkpoint), "-o", str(output), "-c", str(output.with_name("cache"))]
     built = subprocess.run(command, capture_output=True, text=True)
     if built.returncode:
@@ -232,32 +232,50 @@ def torch_side(config: dict, streams: int, threads: int) -> Side:
     return run
 
 
+def export(checkpoint: Path, output: Path, **options) -> Path:
+    return output if output.exists() else export_onnx(checkpoint, output, **options)
+
+
 def build_sides(
-    config: dict, counts: list[int], precision: str, kinds: list[str], threads: int, work: Path
-) -> dict[str, Callable[[], Side]]:
+    config: dict, counts: list[int], precisions: list[str], kinds: list[str], threads: int,
+    work: Path, room: int,
+) -> dict[str, Callable[[], Side]]:  # fmt: skip
     """Write what the sides load; each is then a function that its own process calls."""
     checkpoints = {n: write_checkpoint(work / f"p{n}", config, n) for n in counts}
     sides: dict[str, Callable[[], Side]] = {}
-    for streams, folder in checkpoints.items():
-        for kv_layout in ("batch", "heads") if streams > 1 else ("batch",):
-            output = work / f"{kv_layout}-{streams}"
-            export_onnx(folder, output, kv_layout=kv_layout, precision=precision)
-            sides[f"fused {kv_layout} P={streams}"] = partial(runner_side, output, threads)
-    for streams, folder in checkpoints.items() if "naive" in kinds else ():
-        output = export_onnx(folder, work / f"naive-{streams}", ops="standard", precision=precision)
-        sides[f"naive P={streams}"] = partial(naive_side, output, streams, threads)
-    if precision != "fp32":
-        return sides
+    for precision in precisions:
+        for streams, folder in checkpoints.items():
+            layouts = ("batch", "heads") if streams > 1 and "heads" in kinds else ("batch",)
+            for kv_layout in layouts:
+                output = work / f"{precision}-{kv_layout}-{streams}"
+                export(folder, output, kv_layout=kv_layout, precision=precision)
+                name = f"{precision} {kv_layout} P={streams}"
+                sides[name] = partial(runner_side, output, threads)
+            if "naive" in kinds:
+                output = work / f"{precision}-naive-{streams}"
+                export(folder, output, ops="standard", precision=precision)
+                name = f"{precision} naive P={streams}"
+                sides[name] = partial(naive_side, output, streams, threads)
+    quantised = any(precision in ("int8", "int4", "w8a8") for precision in precisions)
+    plain = write_checkpoint(work / "plain", config, 1)
     if "genai" in kinds and installed("genai", GENAI):
-        plain = write_checkpoint(work / "plain", config, 1)
-        try:
-            build_genai(plain, threads, work / "genai")
-            sides["genai P=1"] = partial(genai_side, work / "genai")
-        except RuntimeError as error:
-            print(f"genai is left out: {error}", file=sys.stderr)
+        for precision in ("fp32", "int4") if quantised else ("fp32",):
+            try:
+                if not (work / f"genai-{precision}").exists():
+                    build_genai(plain, threads, work / f"genai-{precision}", precision=precision)
+                name = f"genai {precision} P=1"
+                sides[name] = partial(genai_side, work / f"genai-{precision}")
+            except RuntimeError as error:
+                print(f"genai {precision} is left out: {error}", file=sys.stderr)
     if "pytorch" in kinds and installed("PyTorch", PYTORCH):
         for streams in counts:
             sides[f"PyTorch P={streams}"] = partial(torch_side, config, streams, threads)
+    if "llama" in kinds and installed("llama.cpp", ("xllamacpp",)):
+        for precision, name in (("int8", "llama.cpp Q8_0"), ("int4", "llama.cpp Q4_0")):
+            file = work / f"{precision}.gguf"
+            if not file.exists():
+                write_gguf(plain, file, precision)
+            sides[f"{name} P=1"] = partial(llama_side, file, threads, room)
     return sides
 
 
@@ -363,7 +381,11 @@ def main():
     parser.add_argument("--device", choices=list(DEVICES), help="the card, for its bandwidth")
     parser.add_argument("--config", type=Path, help="a config.json to take the shape from")
     parser.add_argument("--streams", default="1,4,8", help="numbers of streams (default 1,4,8)")
-    parser.add_argument("--precision", help="fp32, int8 or int4 (default fp32; on CUDA, fp16)")
+    parser.add_argument(
+        "--precision",
+        help="one or more (on CUDA, one) of fp32, fp16, int8, int4, w8a8 (default fp32; on CUDA, "
+        "fp16)",
+    )
     parser.add_argument("--prompt", type=int, default=256, help="prompt tokens (default 256)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to decode (default 48)")
     parser.add_argument("--repeats", type=int, default=6, help="measured turns (default 6)")
@@ -374,20 +396,30 @@ def main():
     )
     parser.add_argument(
         "--beside",
-        default="naive,genai,pytorch,mlx",
+        default="heads,naive,genai,pytorch,llama,mlx",
         help="what to run besides (default: whatever there is; mlx on CUDA alone)",
+    )
+    parser.add_argument(
+        "--work", type=Path, help="a folder to keep what the sides load, for other runs of a shape"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     config = json.loads(args.config.read_text()) if args.config else SMOLLM2
     counts = [int(n) for n in args.streams.split(",")]
     on_cuda = args.provider == "cuda"
-    args.precision = args.precision or ("fp16" if on_cuda else "fp32")
-    build = build_cuda_sides if on_cuda else build_sides
-    with tempfile.TemporaryDirectory() as work:
-        kinds = args.beside.split(",")
-        sides = build(config, counts, args.precision, kinds, args.threads, Path(work))
-        size = weights_read(Path(work) / f"batch-{counts[0]}", config)
+    precisions = (args.precision or ("fp16" if on_cuda else "fp32")).split(",")
+    if on_cuda and len(precisions) > 1:
+        parser.error("--precision takes one precision with --provider cuda")
+    with nullcontext(args.work) if args.work else tempfile.TemporaryDirectory() as folder:
+        work, kinds = Path(folder), args.beside.split(",")
+        work.mkdir(parents=True, exist_ok=True)
+        if on_cuda:
+            sides = build_cuda_sides(config, counts, precisions[0], kinds, args.threads, work)
+            size = weights_read(work / f"batch-{counts[0]}", config)
+        else:
+            room = args.prompt + args.tokens + 1
+            sides = build_sides(config, counts, precisions, kinds, args.threads, work, room)
+            size = weights_read(work / f"{precisions[0]}-batch-{counts[0]}", config)
         ids = [n % 1000 for n in range(args.prompt)]
         results = measure(
             sides,
@@ -404,7 +436,7 @@ def main():
     bandwidth = DEVICES[args.device].bandwidth if args.device else 0
     kind = "processor time" if args.cpu_time else "time"
     where = f"{args.threads} threads" if not on_cuda else f"CUDA, {args.device or 'some card'}"
-    print(f"\n{args.precision}, {kind}, {where}, {args.prompt} prompt tokens\n")
+    print(f"\n{', '.join(precisions)}, {kind}, {where}, {args.prompt} prompt tokens\n")
     share = f"{'bandwidth':>11}" if args.device else ""
     print(f"{'':20}{'prefill':>14}{'':>8}{'decode':>14}{'':>8}{share}")
     for name, result in results.items():
