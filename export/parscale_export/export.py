@@ -57,7 +57,7 @@ def export_onnx(
     embedding_precision: str | None = None,
     aggregator_precision: str | None = None,
     calibrate: str | Path | None = None,
-    block_size: int = 32,
+    block_size: int | None = None,
     accuracy_level: int = 4,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -90,7 +90,8 @@ def export_onnx(
             ``activations``.
         aggregator_precision: by default ``activations``, "w8a8" for w8a8.
         calibrate: a text file for w8a8 to measure activations on; by default one of ours.
-        block_size: columns that share a scale, a power of two from 16.
+        block_size: columns that share a scale, a power of two from 16; by default 32, and 64 for
+            target "cpu".
         accuracy_level: MatMulNBits' own: 4 computes with 8-bit activations, 0 does not round them.
         force: replace an existing export.
         progress: called with the number of tensors written and their total.
@@ -104,27 +105,32 @@ def export_onnx(
         ValueError: the source is not a model that can be exported, an adapter is not for it, or
             options that do not go together.
     """
-    chosen = {"target": target, "kv_layout": kv_layout, "ops": ops, "precision": precision}
-    options = choose_options(
-        **chosen,
-        activations=activations,
-        head_precision=head_precision,
-        embedding_precision=embedding_precision,
-        aggregator_precision=aggregator_precision,
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-        all_logits=all_logits,
-        aggregation_weights=aggregation_weights,
-    )
-    if calibrate is not None and options.precision != "w8a8":
-        raise ValueError(f"calibrate is for precision w8a8, and this is {options.precision}")
+    chosen = {
+        "target": target,
+        "kv_layout": kv_layout,
+        "ops": ops,
+        "activations": activations,
+        "head_precision": head_precision,
+        "embedding_precision": embedding_precision,
+        "aggregator_precision": aggregator_precision,
+        "block_size": block_size,
+        "accuracy_level": accuracy_level,
+        "all_logits": all_logits,
+        "aggregation_weights": aggregation_weights,
+    }
+    options = choose_options(precision=precision, **chosen)
     output = Path(output)
     check_output(output, force=force, marker=EXPORT)
     checkpoint = Checkpoint(source)
     if output.resolve() in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise ValueError(f"{output}: the model to export is in there")
-    _check_model(checkpoint.config, options, checkpoint.folder, target)
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
+    if target == "cpu" and precision is None:
+        streams = max(c.config.streams for c in checkpoints)
+        options = choose_options(precision=targets.fastest_on_cpu(streams), **chosen)
+    if calibrate is not None and options.precision != "w8a8":
+        raise ValueError(f"calibrate is for precision w8a8, and this is {options.precision}")
+    _check_model(checkpoint.config, options, checkpoint.folder, target)
     longest = max(c.config.prefix_length for c in checkpoints)
     options = replace(options, longest_prefix=longest)
     chunks = []
@@ -195,6 +201,8 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
         activations = precision if precision in FLOATS else preset.get("activations", "fp32")
     # A head has one row for all streams, which MatMulNBits does best; and it is sensitive.
     head_precision = head_precision or ("int8" if precision in ("int4", "w8a8") else precision)
+    if block_size is None:
+        block_size = 64 if target == "cpu" else 32
     options = Options(
         kv_layout=kv_layout,
         ops=ops,

@@ -33,6 +33,14 @@ _WEB_SUFFIXES = {
 }  # fmt: skip
 
 
+def fastest_on_cpu(streams: int) -> str:
+    """The precision that computes a token fastest; docs/onnx-benchmarks.md has the figures.
+
+    One row is bound by memory in either, and MatMulNBits does the rest of it in fewer steps.
+    """
+    return "int8" if streams == 1 else "w8a8"
+
+
 def file_names(target: str | None, options: Options) -> tuple[str, str]:
     """The graph's path inside the export folder, and its external data's name beside it."""
     if target != "web":

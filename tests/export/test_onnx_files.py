@@ -293,3 +293,11 @@ def test_two_thousand_tokens_without_drift_or_growth(tmp_path, kv_layout, ops):
     # Greedy all along, as one pass over the finished text sees it.
     assert (logits.max(axis=1) - chosen).max() < 1e-4
     assert sizes[-1] - sizes[1] < 64e6
+
+
+@pytest.mark.parametrize(("case", "precision"), [("p1", "int8"), ("p4", "w8a8")])
+def test_target_cpu_is_what_is_fastest_for_its_streams(tmp_path, case, precision):
+    about = OnnxModel.describe(export_onnx(GOLDEN / case, tmp_path / "out", target="cpu"))
+    assert (about["precision"], about["head_precision"], about["block_size"]) == (
+        precision, "int8", "64",
+    )  # fmt: skip
