@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 from parscale_core.checkpoint import hub
 from parscale_core.checkpoint.config import ModelConfig
-from parscale_core.checkpoint.folder import find_folder, find_safetensors
+from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.gguf import reader as gguf
 from parscale_core.checkpoint.model_card import write_card
 from parscale_core.checkpoint.names import is_prefix
@@ -32,6 +32,7 @@ from parscale_core.checkpoint.output import check_output, place, working_folder
 from parscale_core.checkpoint.packaged import SMOLLM2
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.checkpoint.tokenizer import check_tokens, copy_files
+from parscale_core.checkpoint.weight_files import find_safetensors
 from parscale_core.finite import not_finite
 from parscale_core.progress import progress_bar
 from safetensors.numpy import save_file

@@ -22,16 +22,11 @@ from parscale_core.checkpoint import mlx_quantized
 from parscale_core.checkpoint.adapter import adapter_folders, digest, read_adapter
 from parscale_core.checkpoint.chat import bound_templates
 from parscale_core.checkpoint.config import read_config
-from parscale_core.checkpoint.folder import (
-    Entry,
-    find_folder,
-    find_safetensors,
-    read_header,
-    read_headers,
-)
+from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.checkpoint.tokenizer import check_vocabulary, end_tokens, tokenizer_files
+from parscale_core.checkpoint.weight_files import Entry, find_safetensors, read_header, read_headers
 
 
 def load(

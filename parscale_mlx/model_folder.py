@@ -13,6 +13,12 @@ from parscale_core.checkpoint.names import HELD_COLUMNS, published_columns, publ
 from parscale_core.progress import progress_bar
 
 SHARD_GB = 2
+# The published classes, by the repository that holds their code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_qwen2_parscale.Qwen2ParScaleConfig",
+    "AutoModelForCausalLM": "modeling_qwen2_parscale.Qwen2ParScaleForCausalLM",
+}
+AUTO_MAP = {kind: f"ParScale/ParScale-1.8B-P8--{name}" for kind, name in AUTO_MAP.items()}
 LAYOUTS = {"mlx": "mlx", "hf": "pt"}  # name: what a safetensors file says of its format
 
 
@@ -92,10 +98,11 @@ def dtype_name(model: Model) -> str:
 
 
 def _config_to_write(model: Model, config: dict, to: str) -> dict:
-    # The code that auto_map names is never copied along; an MLX folder has no use for it at all.
-    left_out = ("model_file",) if to == "hf" else ("model_file", "auto_map")
-    config = {key: value for key, value in config.items() if key not in left_out}
+    # The code that auto_map names is never copied along, and an MLX folder has no use for it.
+    config = {key: value for key, value in config.items() if key not in ("model_file", "auto_map")}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(model)
     if to == "hf" and model.args.streams > 1:
         config.setdefault("architectures", [ARCHITECTURES[model.args.family]])
+        if model.args.family == "qwen2":
+            config["auto_map"] = dict(AUTO_MAP)
     return config

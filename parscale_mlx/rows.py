@@ -7,8 +7,8 @@ from parscale_mlx.model import Model
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from parscale_core.checkpoint.folder import Entry
 from parscale_core.checkpoint.names import is_prefix
+from parscale_core.checkpoint.weight_files import Entry
 
 # safetensors could slice, too, but hands over numpy arrays, and numpy has no bfloat16.
 DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32}

@@ -66,7 +66,7 @@ def extract(source, backbone, output, as_json, **options):
 def show(folder, as_json):
     """Say what an adapter is: its streams, its size, its backbone."""
     from parscale_core.checkpoint.adapter import read_adapter
-    from parscale_core.checkpoint.folder import DTYPES, read_header
+    from parscale_core.checkpoint.weight_files import DTYPES, read_header
 
     found = read_adapter(folder)
     tensors = read_header(found.weights)

@@ -24,11 +24,18 @@ import click
     type=click.Path(path_type=Path),
     help="The folder to write.",
 )
+@click.option(
+    "--to",
+    type=click.Choice(["mlx", "hf"]),
+    default="mlx",
+    show_default=True,
+    help="MLX's layout, or what the published PyTorch classes load.",
+)
 @click.option("--revision", help="Branch, tag or commit of a hub repository.")
 @click.option("--force", is_flag=True, help="Replace the output if it is a model folder.")
-def fuse(model, adapter, output, revision, force):
+def fuse(model, adapter, output, to, revision, force):
     """Write a backbone and a stream adapter as one model folder."""
     from parscale_mlx.fuse import fuse as run
 
-    run(model, adapter, output, revision=revision, force=force, progress=True)
+    run(model, adapter, output, to=to, revision=revision, force=force, progress=True)
     click.echo(f"Wrote {output}")

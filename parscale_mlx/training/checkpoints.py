@@ -14,9 +14,9 @@ from parscale_mlx.training.start import Start
 import mlx.core as mx
 from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten, tree_unflatten
-from parscale_core.checkpoint.folder import find_safetensors
 from parscale_core.checkpoint.output import place, working_folder
 from parscale_core.checkpoint.tokenizer import copy_files
+from parscale_core.checkpoint.weight_files import find_safetensors
 
 FOLDER, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.safetensors"
 

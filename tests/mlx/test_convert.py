@@ -403,8 +403,28 @@ def test_a_model_from_the_hub(tmp_path, monkeypatch):
         asked.append((name, revision))
         return str(GOLDEN / "p1")
 
-    monkeypatch.setattr("parscale_core.checkpoint.hub.snapshot_download", snapshot_download)
+    hub = "parscale_core.checkpoint.hub."
+    monkeypatch.setattr(hub + "list_repo_files", lambda name, **_: ["model.safetensors"])
+    monkeypatch.setattr(hub + "snapshot_download", snapshot_download)
     convert("someone/model", tmp_path / "out", revision="v2")
     assert asked == [("someone/model", "v2")]
     assert "base_model: someone/model" in (tmp_path / "out" / "README.md").read_text()
     check_logits(tmp_path / "out", "p1")
+
+
+def test_a_published_checkpoint_there_and_back(tmp_path):
+    """Its classes are named by the repository that holds their code, and its terms come along."""
+    source = shutil.copytree(GOLDEN / "p4", tmp_path / "source")
+    (source / "README.md").write_text(
+        "---\nlicense: apache-2.0\n---\n# Model\n\n- This is for **academic use only**.\n"
+    )
+    convert(source, tmp_path / "mlx")
+    card = (tmp_path / "mlx" / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "> This is for **academic use only**." in card
+    convert(tmp_path / "mlx", tmp_path / "hf", to="hf")
+    published = "ParScale/ParScale-1.8B-P8--modeling_qwen2_parscale.Qwen2ParScaleForCausalLM"
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == published
+    convert(tmp_path / "mlx", tmp_path / "again")
+    assert "academic use only" in (tmp_path / "again" / "README.md").read_text()

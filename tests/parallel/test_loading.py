@@ -16,7 +16,7 @@ import rank_jobs
 from mlx.utils import tree_flatten, tree_map
 from parscale_core.checkpoint.adapter import fingerprint
 from parscale_core.checkpoint.config import ModelConfig
-from parscale_core.checkpoint.folder import read_header
+from parscale_core.checkpoint.weight_files import read_header
 from rank_processes import run_ranks
 from tiny_models import write_tokenizer
 

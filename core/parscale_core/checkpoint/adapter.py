@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parscale_core.checkpoint.config import check_streams, read_json
-from parscale_core.checkpoint.folder import Entry, find_safetensors, read_headers
 from parscale_core.checkpoint.links import check_link
 from parscale_core.checkpoint.names import is_stream_tensor
+from parscale_core.checkpoint.weight_files import Entry, find_safetensors, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 TYPE = "parscale_streams"

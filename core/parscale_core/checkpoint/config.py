@@ -83,7 +83,10 @@ class ModelConfig:
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
         if _flag(raw, "use_sliding_window"):
             raise ValueError("use_sliding_window true is not supported, only full attention")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+        kinds = raw.get("layer_types")
+        if kinds is not None and (
+            not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+        ):
             raise ValueError("layer_types other than full_attention are not supported")
         family = family_of(model_type)
         is_qwen2 = family == "qwen2"

@@ -9,10 +9,11 @@ from safetensors.numpy import save_file
 
 from parscale_core.checkpoint.adapter import WEIGHTS, fingerprint, write_adapter_config
 from parscale_core.checkpoint.config import ModelConfig
-from parscale_core.checkpoint.folder import find_folder, find_safetensors
+from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.names import is_stream_tensor
 from parscale_core.checkpoint.output import ADAPTER, check_output, place, working_folder
 from parscale_core.checkpoint.tensors import Checkpoint
+from parscale_core.checkpoint.weight_files import find_safetensors
 from parscale_core.progress import progress_bar
 
 BLOCK = 1 << 22  # numbers of a tensor to compare at a time

@@ -1,8 +1,11 @@
 """The Hugging Face hub: download a model, upload a converted one."""
 
+from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, list_repo_files, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -13,7 +16,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from parscale_core.checkpoint.tokenizer import TOKENIZER_FILES
+from parscale_core.checkpoint.weight_files import PICKLE, SAFETENSORS, read_index
 
+BESIDE = (
+    "config.json", "generation_config.json", "README.md",
+    "adapters/*/adapter_config.json", "adapters/*/adapters.safetensors",
+)  # fmt: skip
 FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError)
 
 
@@ -21,24 +29,63 @@ def download(name: str, revision: str | None = None) -> Path:
     """Download what this package reads of a hub repository; its folder in the hub's cache.
 
     Raises:
-        FileNotFoundError: there is no such repository, or it cannot be reached.
+        FileNotFoundError: there is no such repository, it holds no weights, or it cannot be reached
+            and is not in the cache.
     """
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            allow_patterns=["*.json", "model*.safetensors", *TOKENIZER_FILES],
-        )
-        if not any(Path(folder).glob("model*.safetensors")):
-            folder = snapshot_download(
-                name, revision=revision, allow_patterns=["pytorch_model*.bin"]
-            )
+        return Path(snapshot_download(name, revision=revision, **_what(name, revision)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
         raise FileNotFoundError(
             f"{name}: neither a folder here nor a model on the hub ({reason})"
         ) from error
-    return Path(folder)
+
+
+def _what(name: str, revision: str | None) -> dict[str, Any]:
+    """What to download, as arguments of ``snapshot_download``."""
+    try:
+        listing = list_repo_files(name, revision=revision)
+    except (HFValidationError, HfHubHTTPError):
+        raise
+    except Exception:  # offline, or whatever the HTTP client of this version of the hub's raises
+        return {"local_files_only": True}
+
+    def shards(index: str) -> list[str]:
+        return sorted(
+            set(read_index(Path(hf_hub_download(name, index, revision=revision))).values())
+        )
+
+    return {"allow_patterns": files_of_a_model(listing, shards)}
+
+
+def files_of_a_model(listing: list[str], shards: Callable[[str], list[str]]) -> list[str]:
+    """Which files of a repository make up its model; the same as ``folder.find_weights`` finds.
+
+    Args:
+        listing: the names of all its files.
+        shards: the names of the files that an index names.
+
+    Raises:
+        FileNotFoundError: none are weights.
+    """
+    found = []
+    for weights in (SAFETENSORS, PICKLE):
+        if weights in listing:
+            found = [weights]
+        elif (index := f"{weights}.index.json") in listing:
+            found = [index, *shards(index)]
+        if found:
+            break
+    else:
+        raise FileNotFoundError(f"no {SAFETENSORS}, {PICKLE} or index of their shards in it")
+    beside = (*BESIDE, *TOKENIZER_FILES)
+    return found + [
+        name
+        for name in listing
+        if any(
+            fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in beside
+        )
+    ]
 
 
 def check_login(repo: str) -> None:

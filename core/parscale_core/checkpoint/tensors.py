@@ -17,14 +17,7 @@ from parscale_core.checkpoint import adapter as adapters
 from parscale_core.checkpoint import float8, mlx_quantized
 from parscale_core.checkpoint.adapter import AdapterFolder
 from parscale_core.checkpoint.config import read_config, tensor_shapes
-from parscale_core.checkpoint.folder import (
-    DTYPES,
-    Entry,
-    find_folder,
-    find_weights,
-    read_header,
-    read_headers,
-)
+from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.names import (
     PUBLISHED_COLUMNS,
     STREAM_TENSOR,
@@ -33,6 +26,13 @@ from parscale_core.checkpoint.names import (
     is_prefix,
 )
 from parscale_core.checkpoint.pickles import read_pickle, to_numpy, type_name
+from parscale_core.checkpoint.weight_files import (
+    DTYPES,
+    Entry,
+    find_weights,
+    read_header,
+    read_headers,
+)
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
