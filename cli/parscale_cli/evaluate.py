@@ -245,16 +245,13 @@ def _run_tasks(
     use_template = options["use_template"]
     if use_template is None:
         use_template = bool(engine.tokenizer.chat_template)
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
     if options["run_generated_code"]:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     results = harness.evaluate(
         harness.ModelInHarness(
-            engine.models[count],
-            TokenizerWrapper(engine.tokenizer, eos_token_ids=sorted(engine.end_tokens)),
+            engine,
+            count,
             max_tokens=options["max_tokens"],
-            batch_size=options["batch_size"],
             use_chat_template=use_template,
         ),
         manager,

@@ -1,5 +1,6 @@
-"""lm-evaluation-harness over a ParScale model, through mlx-lm's adapter."""
+"""lm-evaluation-harness over a ParScale model."""
 
+import copy
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -7,67 +8,122 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from parscale_mlx.model import Model
+from parscale_mlx.engine import MlxEngine
 
 import mlx.core as mx
 from lm_eval import simple_evaluate
-from lm_eval.api.model import LM
+from lm_eval.api.model import LM, TemplateLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.evaluate import MLXLM
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 from parscale_core.checkpoint.tokenizer import check_tokens
+from parscale_core.engine import Request, Sampling
 from parscale_core.finite import not_finite
 
+ANSWER_TOKENS = 256  # where a task does not say, as in the harness
 
-class ModelInHarness(MLXLM):
-    """mlx-lm's adapter, given a model that is loaded already.
+
+class ModelInHarness(TemplateLM, MLXLM):
+    """One of an engine's models: encoded as the harness has it, scored with mlx-lm's functions.
+
+    The harness's own class says what an empty context is (a token that begins texts) and whose the
+    spaces between a context and a continuation are (the continuation's).
 
     Args:
+        streams: P.
         max_tokens: of an answer; by default what a task says.
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokenizer: TokenizerWrapper,
-        *,
-        max_tokens: int | None,
-        batch_size: int,
-        use_chat_template: bool,
+        self, engine: MlxEngine, streams: int, *, max_tokens: int | None, use_chat_template: bool
     ):
         LM.__init__(self)
-        self._model, self.tokenizer = model, tokenizer
-        # mlx-lm's adapter would also cut prompts to be scored to this many tokens.
-        self._max_tokens, self._answer_tokens = None, max_tokens
-        self._batch_size, self._sampler = batch_size, None
-        self.use_chat_template = use_chat_template
+        self._engine, self._streams = engine, streams
+        self._model: Any = engine.models[streams]
+        self.tokenizer: Any = engine.tokenizer
+        self._answer_tokens, self.use_chat_template = max_tokens, use_chat_template
+        self.context = engine.context_length or sys.maxsize
 
-    def _tokenize(self, texts):
-        tokens = super()._tokenize(texts)
-        for ids in tokens:
-            check_tokens(ids, self._model.args.vocab_size)
-        return tokens
+    @property
+    def eot_token_id(self) -> int:
+        return min(self._engine.end_tokens)
 
-    def generate_until(self, requests):
-        self._max_tokens = self._answer_tokens
-        try:
-            return super().generate_until(requests)
-        finally:
-            self._max_tokens = None
+    @property
+    def prefix_token_id(self) -> int:
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
 
-    def loglikelihood(self, requests):
-        scored = super().loglikelihood(requests)
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        if add_special_tokens is None:
+            add_special_tokens = not self.use_chat_template
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        check_tokens(ids, self._engine.vocab_size)
+        return ids
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False):
+        quiet = disable_tqdm or not sys.stderr.isatty()
+        scored = TemplateLM.loglikelihood(self, requests, disable_tqdm=quiet)
         _check_scores(score for score, _ in scored)
         return scored
 
-    def loglikelihood_rolling(self, requests):
-        scores = super().loglikelihood_rolling(requests)
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+        scores = []
+        for request in requests:
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0], add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.context,
+                context_len=1,
+            )
+            pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            scores.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
         _check_scores(scores)
         return scores
 
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        answers = [self._engine.submit(self._request(*request.args)) for request in requests]
+        return ["".join(piece.text for piece in answer) for answer in answers]
+
+    def _request(self, context: str, options: dict[str, Any]) -> Request:
+        prompt = self.tok_encode(context) or [self.prefix_token_id]
+        most = self._answer_tokens or options.get("max_gen_toks", ANSWER_TOKENS)
+        # The prompt's end counts most; at least half of the context is its.
+        prompt = prompt[-max(self.context - most, self.context // 2) :]
+        until = options.get("until") or []
+        stop = [until] if isinstance(until, str) else until
+        return Request(
+            prompt,
+            streams=self._streams,
+            sampling=Sampling(max_tokens=most),
+            stop=tuple(text for text in stop if text),
+        )
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
+        """Of each (texts, context, continuation): its score, and whether it is the likeliest."""
+        scored, last, computed = [], None, None
+        for _texts, context, continuation in requests:
+            continuation = continuation[-self.context :]
+            context = context[-(self.context + 1 - len(continuation)) :]
+            if not continuation:
+                scored.append((0.0, True))
+                continue
+            # The answers to one question follow each other.
+            if computed is None or context != last:
+                last, computed = context, self._process_prompt(context)
+            logprobs, cache = computed
+            score = logprobs[0, continuation[0]].item()
+            is_greedy = continuation[0] == mx.argmax(logprobs).item()
+            if len(continuation) > 1:
+                more, _, greedy = self._score_fn(
+                    mx.array(continuation)[None], cache=copy.deepcopy(cache)
+                )
+                score += mx.sum(more).item()
+                is_greedy = is_greedy and mx.all(greedy).item()
+            scored.append((score, is_greedy))
+        return scored
+
 
 def _check_scores(scores: Iterable[float]) -> None:
-    # Where no prompt is left, mlx-lm says -inf.
     if any(isnan(score) for score in scores):
         raise ArithmeticError(not_finite("the model's logits have"))
 

@@ -372,7 +372,9 @@ def test_tasks_of_the_harness_on_local_data(parscale, backbone, adapter, tmp_pat
     for streams, model in models.items():
         hits = 0
         for value in CHOICES:
-            own = scores(model, tokenizer, value["question"] + " ", value["choices"])
+            # A context's last spaces belong to the continuation.
+            choices = [" " + choice for choice in value["choices"]]
+            own = scores(model, tokenizer, value["question"], choices)
             hits += own.index(max(own)) == value["answer"]
         figure = figures["tiny_choice", "acc", streams]
         assert figure["value"] == pytest.approx(hits / 8) and figure["error"] > 0
@@ -384,6 +386,45 @@ def test_tasks_of_the_harness_on_local_data(parscale, backbone, adapter, tmp_pat
         assert figure == figures[figure["task"], figure["metric"], figure["streams"]]
     table = parscale(*run, "--tasks", "tiny_choice", "--limit", 4, "--streams", 4)
     assert table.stdout.splitlines()[0].split() == ["task", "metric", "P=4"]
+
+
+def test_the_contract_of_the_harness(backbone, adapter):
+    """Empty contexts, contexts that end in spaces, and those longer than the model's."""
+    pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness")
+    from parscale_mlx.engine import open_engine
+    from parscale_mlx.evaluation.harness import ModelInHarness
+
+    from lm_eval.api.instance import Instance
+
+    def asked(kind: str, *arguments) -> list[Instance]:
+        return [Instance(kind, {}, given, 0) for given in arguments]
+
+    def sums(ids: list[int], count: int) -> float:
+        """Of the last tokens of a text, each predicted from all before it."""
+        logits = model(mx.array(ids)[None, :-1])[0]
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return mx.take_along_axis(logprobs, mx.array(ids[1:])[:, None], -1)[-count:].sum().item()
+
+    with open_engine(backbone, adapters=[adapter]) as engine:
+        harness = ModelInHarness(engine, 4, max_tokens=None, use_chat_template=False)
+        encode, model, first = engine.tokenizer.encode, engine.models[4], harness.prefix_token_id
+        scored = harness.loglikelihood(
+            asked("loglikelihood", ("", "abc"), ("ab  ", "cd"), ("x" * 900, "abc"))
+        )
+        long = encode("x" * 900 + "abc")
+        expected = [
+            sums([first, *encode("abc")], 3),
+            sums(encode("ab  cd"), 4),
+            sums(long[-(engine.context_length + 1) :], 3),
+        ]
+        assert [score for score, _ in scored] == pytest.approx(expected, abs=1e-3)
+        (rolling,) = harness.loglikelihood_rolling(asked("loglikelihood_rolling", ("abcd",)))
+        assert rolling == pytest.approx(sums([first, *encode("abcd")], 4), abs=1e-3)
+        options = {"until": ["never said"], "max_gen_toks": 6}
+        texts = harness.generate_until(
+            asked("generate_until", ("abc", options), ("", options), ("x" * 900, options))
+        )
+        assert len(texts) == 3 and all(texts)
 
 
 @pytest.mark.slow
