@@ -64,6 +64,7 @@ class Row:
         self.prompt = list(self.request.prompt)
         self.vocab_size, self.streams = vocab_size, streams
         self.matcher, self.error = matcher, ""
+        self.failed = False
         # Tokens that come before those that mlx-lm calls the processor with.
         self.before: mx.array | None = None
         self.told: dict[int, _Told] = {}
@@ -118,6 +119,7 @@ class Row:
 
     def fail(self, error: Exception) -> None:
         self.state.finish_reason = "cancelled"
+        self.failed = True
         self.answer.fail(error)
 
     def interrupted(self) -> bool:

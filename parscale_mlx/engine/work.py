@@ -89,4 +89,6 @@ class Work:
         return caches, held
 
     def keep(self, row: Row, caches: list, tokens: list[int]) -> None:
-        self.kept.keep(self.key(row), caches, tokens)
+        # What is not a number would spoil later answers.
+        if not row.failed:
+            self.kept.keep(self.key(row), caches, tokens)

@@ -239,6 +239,7 @@ def test_logits_that_are_not_numbers_end_their_answer_with_an_error(value, draft
     bad = engine.submit(Request([1, 9], sampling=TWELVE, draft=draft, ignore_end=True))
     with pytest.raises(ArithmeticError, match="float16"):
         list(bad)
+    assert engine.statistics()["kept_caches"] == 0
     engine.close()
 
 
