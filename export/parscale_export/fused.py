@@ -78,8 +78,10 @@ class FusedOperators:
         n = self.prefix_length
         short = self._tables(f".short{n}", rotation.frequencies, n)
         long = self._tables(f".long{n}", rotation.long_frequencies, n)
-        longest = b("ReduceMax", self.tokens, keepdims=0)
-        is_long = b("Greater", longest, b.constant(rotation.original))
+        beyond = b("Greater", self.tokens, b.constant(rotation.original))
+        # Counted by a sum: the largest of integers is a kernel of cuDNN's on CUDA.
+        count = b("ReduceSum", b.cast(beyond, ir.DataType.INT64), keepdims=0)
+        is_long = b("Greater", count, b.constant(0))
         return b("Where", is_long, long[0], short[0]), b("Where", is_long, long[1], short[1])
 
     def _tables(self, name: str, frequencies: np.ndarray, start: int) -> tuple[ir.Value, ir.Value]:
