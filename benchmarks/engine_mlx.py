@@ -17,7 +17,8 @@ PROMPT = "def fibonacci(n):\n    "
 
 def load_model(name: str):
     from parscale_mlx import load
-    from parscale_mlx.load import find_folder
+
+    from parscale_core.checkpoint.folder import find_folder
 
     return load(find_folder(name))
 

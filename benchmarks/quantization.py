@@ -21,7 +21,7 @@ def measure(folder: Path, windows: int) -> dict:
     from parscale_mlx.load import load_model, load_tokenizer
 
     import mlx.core as mx
-    from parscale_core.checkpoint.folder import find_safetensors, read_headers
+    from parscale_core.checkpoint.weight_files import find_safetensors, read_headers
 
     # The numbers are those of the quantised weights; a CPU computes many times faster without.
     model, config = load_model(folder, dequantize=mx.default_device() == mx.cpu)
