@@ -16,7 +16,7 @@ PROMPTS = (
     "The three states of matter are",
 )
 # How far the perplexity may be from MLX's in float32.
-LIMITS = {"fp32": 1e-4, "int8": 0.01, "int4": 0.10}
+LIMITS = {"fp32": 1e-4, "int8": 0.01, "w8a8": 0.02, "int4": 0.10}
 
 
 @pytest.fixture(scope="module")

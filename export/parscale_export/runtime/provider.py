@@ -95,6 +95,8 @@ def _loads(library: str) -> bool:
 def cuda_refusal(about: Mapping[str, str], heads: int) -> str | None:
     """Why CUDA cannot run a graph with these metadata and query heads in a row; None if it can."""
     fused, activations = about["ops"] == "fused", about["activations"]
+    if about.get("precision") == "w8a8":
+        return "w8a8 is for CPUs; use --provider cpu, or export with another --precision"
     if fused and activations == "fp32":
         return (
             "GroupQueryAttention on CUDA has no float32; use --provider cpu, or export with "
