@@ -84,7 +84,7 @@ def test_what_is_refused(parscale, tmp_path):
     for options, code, message in (
         (("--model", "a", "--shape", shape), 2, "cannot go together"),
         (("--adapter", tmp_path), 2, "--adapter needs --model"),
-        (("--shape", shape), 1, f"{shape}: no model_type among"),
+        (("--shape", shape), 1, f"{shape}: model_type 'gpt2' is not one of"),
         (("--shape", tmp_path), 1, "model_type 'gpt2' is not one of"),
         (("--model", tmp_path / "none"), 1, "neither a folder here nor a model"),
         (("--streams", "0"), 2, "from 1 to 64"),
