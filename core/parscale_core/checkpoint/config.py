@@ -12,6 +12,7 @@ FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "granite")
 MODEL_TYPES = tuple(name for family in FAMILIES for name in (family, f"{family}_parscale"))
 MAX_STREAMS = 64
 MAX_HEAD_DIM, MAX_LAYERS = 4096, 10_000
+MAX_CONTEXT = 1 << 22  # more than any published model's
 # What a config.json that leaves a field out means, as transformers reads it.
 CONTEXTS = {
     "qwen2": 32768, "qwen3": 32768, "llama": 2048, "mistral": 131072, "smollm3": 32768,
@@ -105,6 +106,8 @@ class ModelConfig:
         if head_dim % 2:
             raise ValueError(f"head_dim {head_dim} is odd: rotary embedding needs pairs")
         context = _positive(raw, "max_position_embeddings", CONTEXTS[family])
+        if context > MAX_CONTEXT:
+            raise ValueError(f"max_position_embeddings {context} is more than {MAX_CONTEXT}")
         if family == "mistral":
             _check_window(raw.get("sliding_window", MISTRAL_WINDOW), context)
         defaults = {"rope_theta": SMOLLM3_THETA, "tie_word_embeddings": True}
