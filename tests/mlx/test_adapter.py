@@ -18,6 +18,12 @@ from golden_cases import GOLDEN, TOLERANCE, difference, load_golden
 from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
 
+PUBLISHED = "ParScale/ParScale-1.8B-P8"
+AUTO_MAP = {
+    "AutoConfig": f"{PUBLISHED}--configuration_qwen2_parscale.Qwen2ParScaleConfig",
+    "AutoModelForCausalLM": f"{PUBLISHED}--modeling_qwen2_parscale.Qwen2ParScaleForCausalLM",
+}
+
 
 def split(name, folder, streams_name="adapter"):
     """A golden case as a plain backbone and an adapter, written by numpy alone."""
@@ -313,7 +319,8 @@ def test_published_to_mlx_and_back(name, tmp_path):
         assert again[key].dtype == value.dtype and mx.array_equal(again[key], value), key
     original = json.loads((GOLDEN / name / "config.json").read_text())
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert "auto_map" not in config
+    # The code is in the repository that is named, not beside the weights.
+    assert config.pop("auto_map", None) == (AUTO_MAP if original["parscale_n"] > 1 else None)
     original.pop("auto_map", None)
     assert config == original
 
@@ -322,7 +329,8 @@ def test_published_to_published_keeps_what_names_its_classes(tmp_path):
     convert(GOLDEN / "p4", tmp_path / "hf", to="hf", dtype="bfloat16")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config == json.loads((GOLDEN / "p4" / "config.json").read_text()) | {
-        "torch_dtype": "bfloat16"
+        "torch_dtype": "bfloat16",
+        "auto_map": AUTO_MAP,
     }
 
 

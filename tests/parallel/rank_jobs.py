@@ -198,6 +198,7 @@ def count_read() -> int:
 def run_command_with_hub(address: str, cache: Path, arguments: list[list[str]]) -> None:
     """As ``run_command_of_rank``, with another hub and nothing downloaded from it yet."""
     huggingface_hub.constants.ENDPOINT = address
+    huggingface_hub.hf_api.api.endpoint = address  # what lists a repository's files
     huggingface_hub.constants.HF_HUB_CACHE = str(cache)
     huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE = (
         address + "/{repo_id}/resolve/{revision}/{filename}"

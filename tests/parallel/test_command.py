@@ -91,12 +91,12 @@ def test_an_adapter_over_its_backbone(model, backbone):
 @pytest.mark.parametrize("mode", ["streams", "tensor"])
 @pytest.mark.parametrize("streams", [2, 8])
 def test_the_model_of_the_package(mode, streams):
-    run = ("-p", "def read(path):", "-n", 16, "--streams", streams)
+    run = ("--model", "python-small", "-p", "def read(path):", "-n", 16, "--streams", streams)
     assert together(*run, mode=mode) == alone(*run)
 
 
 def test_the_model_of_the_package_on_four():
-    run = ["generate", "-p", "def read(path):", "-n", "16"]
+    run = ["generate", "--model", "python-small", "-p", "def read(path):", "-n", "16"]
     first, *others = run_ranks(
         4, rank_jobs.run_command_of_rank, [[*run, "--parallel", "streams"]] * 4
     )
