@@ -7,7 +7,17 @@ import parscale_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
-from made_folders import LONGROPE, ROPES, SIZES, YARN, expected, make, tokens
+from made_folders import (
+    LONGROPE,
+    ROPES,
+    SIZES,
+    YARN,
+    add_streams,
+    expected,
+    expected_of_streams,
+    make,
+    tokens,
+)
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_export import OnnxModel, export_onnx
 
@@ -37,6 +47,18 @@ def test_mlx(folder):
         worst(lambda ids: np.array(model(mx.array([ids]), cache=model.make_cache())[0]), folder)
         < TOLERANCE
     )
+
+
+@pytest.mark.parametrize("rope", ["longrope", "yarn attention_factor"])
+def test_streams_beyond_the_original_context(tmp_path, rope):
+    one = make(tmp_path / "m", "llama", **ROPES[rope])
+    three, ids = add_streams(one, 3, 5), tokens(20)
+    wanted = expected_of_streams(one, three, ids)
+    model, _ = parscale_mlx.load_model(three, dtype=mx.float32)
+    assert np.abs(np.array(model(mx.array([ids]))[0]) - wanted).max() < TOLERANCE
+    for ops in ("fused", "standard"):
+        exported = OnnxModel(export_onnx(three, tmp_path / ops, ops=ops, all_logits=True))
+        assert np.abs(exported.logits(ids) - wanted).max() < TOLERANCE
 
 
 @pytest.mark.parametrize("ops", ["fused", "standard"])
