@@ -29,6 +29,8 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > self.most:
+            # It ends a turn of the loop later; until then it must not push out the next one.
+            self.connections.discard(self)
             transport.write(FULL)
             transport.close()
         else:
