@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, replace
 from math import ceil
 
-from parscale_mlx.traffic import traffic_of_a_token, traffic_of_the_sums
+from parscale_mlx.parallel.traffic import traffic_of_a_token, traffic_of_the_sums
 
 from parscale_core.checkpoint.config import ModelConfig
 

@@ -8,9 +8,9 @@ from typing import Any
 from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.finite import check_logits
 from parscale_mlx.model import Model
-from parscale_mlx.parallel import plan, share_out
-from parscale_mlx.ranks import check_same, join
-from parscale_mlx.rows import read_own_rows
+from parscale_mlx.parallel.ranks import check_same, join
+from parscale_mlx.parallel.reading import read_own_rows
+from parscale_mlx.parallel.shard import plan, shard_model
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -47,7 +47,7 @@ def load(
         dtype, dequantize: see ``load_model``.
         revision: a branch, tag or commit of a hub repository.
         parallel: how to share the model with the other processes that ``mlx.launch`` started:
-            "streams", "tensor" or "SxT"; see ``parscale_mlx.parallel.plan``. This process keeps
+            "streams", "tensor" or "SxT"; see ``parallel.shard.plan``. This process keeps
             only its share, and reads no other where that is whole rows of a tensor.
 
     Raises:
@@ -67,7 +67,7 @@ def load(
         group = join()
         asked = {"data type": str(dtype), "way of sharing": parallel}
         check_same(group, identity(folder, adapter_path) | asked)
-        share_out(model, plan(parallel, group, model.args))
+        shard_model(model, plan(parallel, group, model.args))
         tensors = read_headers(find_safetensors(folder)) | _adapter_tensors(adapter_path)
         read_own_rows(model, tensors)
         mx.eval(model.parameters())

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from parscale_mlx import benchmark, parallel_benchmark
+from parscale_mlx import benchmark
 from parscale_mlx.load import identity
-from parscale_mlx.parallel import plan
-from parscale_mlx.ranks import check_same, check_same_input, join
+from parscale_mlx.parallel import measure
+from parscale_mlx.parallel.ranks import check_same, check_same_input, join
+from parscale_mlx.parallel.shard import plan
 
 import click
 import mlx.core as mx
@@ -31,7 +32,7 @@ def measure_all(
 
     Args:
         backbone: as for ``bench_mlx.measure_all``.
-        modes: as for ``parscale_mlx.parallel.plan``.
+        modes: as for ``parscale_mlx.parallel.shard.plan``.
 
     Raises:
         FileNotFoundError, ValueError: as ``load_model``, and ``load_adapter``; or the ranks were
@@ -52,7 +53,7 @@ def measure_all(
         for P in streams:
             whole = benchmark.with_many_streams(plain, P, adapters)
             for length in prompt:
-                sides = parallel_benchmark.measure_shares(
+                sides = measure.measure_shares(
                     whole,
                     modes,
                     group,
@@ -61,7 +62,7 @@ def measure_all(
                     repeats=repeats,
                     turn_done=bar.update,
                 )
-                alone = sides[parallel_benchmark.ALONE]
+                alone = sides[measure.ALONE]
                 for name, side in sides.items():
                     speed_ups = {
                         f"{k}_speed_up": alone[k] / side[k] for k in ("first_token", "step")

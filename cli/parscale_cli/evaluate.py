@@ -228,7 +228,7 @@ def _import_harness() -> Any:
     # The harness takes seconds to import, and looks at this then.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        from parscale_mlx.evaluation import harness
+        from parscale_mlx import harness
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0].startswith("parscale"):
             raise

@@ -78,8 +78,8 @@ def together(watch_timeout: float = 60.0) -> Iterator[None]:
     Raises:
         click.UsageError: this process is the only one.
     """
-    from parscale_mlx.ranks import join
-    from parscale_mlx.watch import watched
+    from parscale_mlx.parallel.ranks import join
+    from parscale_mlx.parallel.watch import watched
 
     import mlx.core as mx
 

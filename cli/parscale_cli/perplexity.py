@@ -110,7 +110,7 @@ def perplexity(
         if not parts:
             raise ValueError(f"{', '.join(map(str, files))}: no text of two tokens or more")
         if scorer.group is not None:
-            from parscale_mlx.ranks import check_same_input
+            from parscale_mlx.parallel.ranks import check_same_input
 
             tokens = [part.tokens for part in parts]
             check_same_input(scorer.group, "text or batch size", tokens, batch_size)
@@ -127,8 +127,8 @@ def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int,
         yield from _onnx_scorers(model, adapters, streams)
         return
     from parscale_mlx.engine.opening import plain_weights_are_better
-    from parscale_mlx.evaluation.losses import token_losses
     from parscale_mlx.load import open_models
+    from parscale_mlx.token_losses import token_losses
 
     from parscale_core.checkpoint.folder import find_folder
     from parscale_core.checkpoint.packaged import DEFAULT

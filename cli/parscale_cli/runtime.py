@@ -218,7 +218,7 @@ def follows(engine: Any, what: str, values: Any) -> bool:
     """
     if getattr(engine, "parallel", None) is None:
         return False
-    from parscale_mlx.ranks import check_same_input
+    from parscale_mlx.parallel.ranks import check_same_input
 
     check_same_input(engine.parallel.group, what, values)
     if not engine.follows:

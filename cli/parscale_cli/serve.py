@@ -208,13 +208,13 @@ def serve(
 
 
 def _leads() -> bool:
-    from parscale_mlx.ranks import join
+    from parscale_mlx.parallel.ranks import join
 
     return join().rank() == 0
 
 
 def _follows(engine, name: str) -> bool:
-    from parscale_mlx.ranks import check_same
+    from parscale_mlx.parallel.ranks import check_same
 
     check_same(engine.parallel.group, {"name of the model": name})
     if engine.follows:

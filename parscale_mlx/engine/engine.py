@@ -21,8 +21,8 @@ from parscale_mlx.engine.solo import Solo
 from parscale_mlx.engine.work import CacheOptions, Work
 from parscale_mlx.machine import device_name
 from parscale_mlx.model import Model
-from parscale_mlx.ranks import check_same
-from parscale_mlx.watch import SETTLE
+from parscale_mlx.parallel.ranks import check_same
+from parscale_mlx.parallel.watch import SETTLE
 
 import mlx.core as mx
 from parscale_core.engine import Answer, Request, RequestState, check

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from parscale_mlx.engine.engine import MlxEngine
 from parscale_mlx.load import find_adapters, identity, load_draft, open_models
-from parscale_mlx.ranks import broadcast, check_same, join
+from parscale_mlx.parallel.ranks import broadcast, check_same, join
 
 import mlx.core as mx
 import psutil

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 
 from parscale_mlx.engine.row import Row
-from parscale_mlx.ranks import broadcast
+from parscale_mlx.parallel.ranks import broadcast
 
 import mlx.core as mx
 from parscale_core.engine import Request, Sampling

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from parscale_mlx.training import batches, machines
+from parscale_mlx.training import batches, data_parallel
 from parscale_mlx.training.checkpoints import (
     Position,
     checkpoints,
@@ -79,10 +79,10 @@ def train(settings: TrainSettings, *, force: bool = False, progress: bool = Fals
     """
     settings.check()
     folder = Path(settings.output).expanduser()
-    if machines.rank() == 0:
+    if data_parallel.rank() == 0:
         check_output(folder, force=force, marker=FILE)
     run = _prepare(settings, folder, None)
-    if machines.rank() == 0:
+    if data_parallel.rank() == 0:
         with working_folder(folder) as work:
             (work / "run").mkdir()
             settings.save(work / "run")
@@ -105,32 +105,32 @@ def resume(folder: str | Path, *, progress: bool = False) -> TrainResult:
     settings = load_settings(folder)
     if (finished := folder / _result_name(settings)).exists():
         raise FileExistsError(f"{finished}: this run is finished")
-    if machines.rank() == 0:
+    if data_parallel.rank() == 0:
         sweep(folder)
     saved = checkpoints(folder)
     return _go_on(_prepare(settings, folder, saved[-1] if saved else None), progress)
 
 
 def _prepare(settings: TrainSettings, folder: Path, checkpoint: Path | None) -> Run:
-    machines.check_batch_size(settings.batch_size)
+    data_parallel.check_batch_size(settings.batch_size)
     source = start_folder(settings)
     data = read_data(settings, source)
     start = make_start(settings, source, data.train)
     optimizer = make_optimizer(settings, start.model)
     position = Position(data=batches.fingerprint(data.train))
-    machines.check_same_data(position.data)
+    data_parallel.check_same_data(position.data)
     if checkpoint is not None:
         saved = load_checkpoint(checkpoint, start, optimizer)
         if saved.data != position.data:
             raise ValueError(f"{checkpoint}: the training data is not what it was")
         position = saved
-    start.model.update(machines.from_first(start.model.trainable_parameters()))
+    start.model.update(data_parallel.from_first(start.model.trainable_parameters()))
     return Run(folder, settings, data, start, optimizer, position)
 
 
 def _go_on(run: Run, progress: bool) -> TrainResult:
     settings, position = run.settings, run.position
-    first = machines.rank() == 0
+    first = data_parallel.rank() == 0
     bar = Progress(position.step, settings.steps, shown=progress and first)
     callback: TrainingCallback = bar
     if first:
@@ -149,7 +149,7 @@ def _go_on(run: Run, progress: bool) -> TrainResult:
 
 def _loop(run: Run, bar: Progress, callback: TrainingCallback) -> TrainResult:
     settings, position, model = run.settings, run.position, run.start.model
-    first = machines.rank() == 0
+    first = data_parallel.rank() == 0
     step = make_step(model, run.optimizer, settings.clip)
     evaluate = make_evaluation(model, run.data.valid, settings.batch_size)
     if position.step == 0 and run.data.valid:
@@ -182,7 +182,7 @@ def _loop(run: Run, bar: Progress, callback: TrainingCallback) -> TrainResult:
 
 def _finish(run: Run) -> TrainResult:
     output = run.folder / _result_name(run.settings)
-    if machines.rank() == 0:
+    if data_parallel.rank() == 0:
         with working_folder(output) as work:
             write_result(work / "result", run.start)
             place(work / "result", output, work / "replaced", force=False)

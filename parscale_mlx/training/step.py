@@ -8,7 +8,7 @@ from typing import Any
 
 from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Model, TransformerBlock
-from parscale_mlx.training import batches, machines
+from parscale_mlx.training import batches, data_parallel
 from parscale_mlx.training.documents import Document
 from parscale_mlx.training.settings import TrainSettings
 
@@ -35,7 +35,7 @@ def make_step(model: Model, optimizer: optim.Optimizer, clip: float) -> Callable
 
     @partial(_compiled, inputs=state, outputs=state)
     def update(gradients, count):
-        scale = machines.size() / count
+        scale = data_parallel.size() / count
         gradients = tree_map(lambda g: g * scale, average_gradients(gradients))
         gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
         optimizer.update(model, gradients)
@@ -49,7 +49,7 @@ def make_step(model: Model, optimizer: optim.Optimizer, clip: float) -> Callable
             loss, count = loss + part, count + n
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             mx.eval(loss, count, gradients)
-        loss, count = machines.total(loss), machines.total(count)
+        loss, count = data_parallel.total(loss), data_parallel.total(count)
         norm = update(gradients, mx.maximum(count, 1))
         mx.eval(state, loss, count, norm)
         result: Any = (loss.item(), mx.maximum(count, 1).item(), norm.item())
@@ -60,7 +60,7 @@ def make_step(model: Model, optimizer: optim.Optimizer, clip: float) -> Callable
 
 def make_evaluation(model: Model, valid: list[Document], batch_size: int) -> Callable:
     """A function that computes the mean loss of the held-out sequences, in nats a token."""
-    own = valid[machines.rank() :: machines.size()]
+    own = valid[data_parallel.rank() :: data_parallel.size()]
 
     @partial(_compiled, inputs=[model.state])
     def losses_of(tokens, counts):
@@ -73,7 +73,7 @@ def make_evaluation(model: Model, valid: list[Document], batch_size: int) -> Cal
             part, k = losses_of(mx.array(tokens), mx.array(counts))
             loss, count = loss + part, count + k
             mx.eval(loss, count)
-        mean: Any = (machines.total(loss) / machines.total(count)).item()
+        mean: Any = (data_parallel.total(loss) / data_parallel.total(count)).item()
         return mean
 
     return evaluate
@@ -85,7 +85,7 @@ def micro_batches(
     size = settings.batch_size
     for n in range(step * settings.accumulate, (step + 1) * settings.accumulate):
         indices = batches.batch_indices(n, size, len(documents), settings.seed)
-        own = indices[machines.rank() :: machines.size()]
+        own = indices[data_parallel.rank() :: data_parallel.size()]
         tokens, counts = batches.make_batch([documents[i] for i in own])
         yield mx.array(tokens), mx.array(counts)
 

@@ -392,7 +392,7 @@ def test_the_contract_of_the_harness(backbone, adapter):
     """Empty contexts, contexts that end in spaces, and those longer than the model's."""
     pytest.importorskip("lm_eval", reason="tasks need lm-evaluation-harness")
     from parscale_mlx.engine import open_engine
-    from parscale_mlx.evaluation.harness import ModelInHarness
+    from parscale_mlx.harness import ModelInHarness
 
     from lm_eval.api.instance import Instance
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from parscale_mlx import Model
 from parscale_mlx.load import load, load_model
-from parscale_mlx.parallel import Parallel, plan, share_out
-from parscale_mlx.ranks import all_gather, check_same, join
-from parscale_mlx.traffic import sent_bytes, traffic_of_a_token
-from parscale_mlx.watch import watched
+from parscale_mlx.parallel.ranks import all_gather, check_same, join
+from parscale_mlx.parallel.shard import Parallel, plan, shard_model
+from parscale_mlx.parallel.traffic import sent_bytes, traffic_of_a_token
+from parscale_mlx.parallel.watch import watched
 
 import huggingface_hub
 import mlx.core as mx
@@ -36,7 +36,7 @@ RANDOM = dict(
 
 def load_share(folder: Path, mode: str, dtype=mx.float32):
     model, _ = load_model(folder, dtype=dtype, lazy=True)
-    share_out(model, plan(mode, join(), model.args))
+    shard_model(model, plan(mode, join(), model.args))
     mx.eval(model.parameters())
     return model
 
@@ -73,7 +73,7 @@ def share_random_model(mode: str, bits: int, changes: dict) -> tuple[float, str]
         whole = model(ids)
         mx.eval(whole)
         try:
-            share_out(model, plan(mode, join(), model.args))
+            shard_model(model, plan(mode, join(), model.args))
         except ValueError as error:
             return 0.0, str(error)
         cache = model.make_cache()

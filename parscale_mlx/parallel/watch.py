@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from parscale_mlx.ranks import all_sum, gather_bytes
+from parscale_mlx.parallel.ranks import all_sum, gather_bytes
 
 import mlx.core as mx
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from parscale_mlx.model import Model
-from parscale_mlx.ranks import all_gather, all_sum, gather_bytes
+from parscale_mlx.parallel.ranks import all_gather, all_sum, gather_bytes
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -170,7 +170,7 @@ def plan(mode: str, group: mx.distributed.Group, args: ModelConfig) -> Parallel:
     return Parallel(group, streams, tensor)
 
 
-def share_out(model: Model, parallel: Parallel) -> None:
+def shard_model(model: Model, parallel: Parallel) -> None:
     """Leave a lazily loaded model only what this rank runs, and make it exchange the rest.
 
     Raises:

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from parscale_mlx.benchmark import Side, measure, mlx_side
 from parscale_mlx.model import Model
-from parscale_mlx.parallel import plan, share_out
-from parscale_mlx.ranks import all_sum
-from parscale_mlx.traffic import Traffic, sent_bytes, traffic_of_a_token
+from parscale_mlx.parallel.ranks import all_sum
+from parscale_mlx.parallel.shard import plan, shard_model
+from parscale_mlx.parallel.traffic import Traffic, sent_bytes, traffic_of_a_token
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -32,7 +32,7 @@ def measure_shares(
 
     Args:
         model: the whole model, the same on every rank.
-        modes: as for ``parscale_mlx.parallel.plan``.
+        modes: as for ``parscale_mlx.parallel.shard.plan``.
         prompt, tokens: how many to read, and to generate after the first.
         repeats, turn_done: as for ``parscale_mlx.benchmark.measure``.
 
@@ -70,7 +70,7 @@ def _share(model: Model, mode: str, group: mx.distributed.Group) -> Model:
     """This rank's share of a model; arrays that are not sliced are the model's own."""
     weights = dict(tree_flatten(model.parameters()))
     share = deepcopy(model, {id(array): array for array in weights.values()})
-    share_out(share, plan(mode, group, model.args))
+    shard_model(share, plan(mode, group, model.args))
     mx.eval(share.parameters())
     return share
 

@@ -36,7 +36,7 @@ def traffic_of_a_token(
     """What each rank sends while one sequence advances by one token.
 
     Args:
-        streams, tensor: as in ``parscale_mlx.parallel.Parallel``.
+        streams, tensor: as in ``parscale_mlx.parallel.shard.Parallel``.
         itemsize: bytes of one number of a hidden state.
         share_tokens: whether rank 0's token is sent round, too.
     """

@@ -1,1 +1,0 @@
-"""Evaluate a model: losses on text, lm-evaluation-harness, completions to be run."""
