@@ -42,7 +42,7 @@ from pathlib import Path
 
 import numpy as np
 from llama_side import llama_side, write_gguf
-from parscale_cli.analysis.devices import DEVICES
+from parscale_core.analysis.devices import DEVICES
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.weights import BITS

@@ -128,8 +128,8 @@ def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_jso
         "rows": measure_all(machine, (model, shape, adapters), quantisations, **options),
     }
     if plot is not None:
-        from parscale_cli.analysis.bench_plot import draw
-        from parscale_cli.analysis.figures import save
+        from parscale_core.analysis.bench_plot import draw
+        from parscale_core.analysis.figures import save
 
         save(draw(report), plot)
     if as_json:

@@ -14,11 +14,10 @@ from parscale_mlx.model import Model
 
 import mlx.core as mx
 from mlx_lm.utils import quantize_model
+from parscale_core.analysis.roofline import Work, step
+from parscale_core.analysis.shape import Precision, Shape, precision_of, read_config, shape_of
 from parscale_core.checkpoint.folder import find_folder
 from tqdm import tqdm
-
-from parscale_cli.analysis.roofline import Work, step
-from parscale_cli.analysis.shape import Precision, Shape, precision_of, read_config, shape_of
 
 
 def measure_machine(*, cpu_time: bool) -> dict:

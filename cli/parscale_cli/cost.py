@@ -117,8 +117,8 @@ def cost(model, devices, law, k, parts, paper, plot, force, as_json, **options):
             raise click.UsageError("--plot cannot go with --paper")
         print_headline(as_json=as_json)
         return
-    from parscale_cli.analysis.law import PAPER
-    from parscale_cli.analysis.pricing import price
+    from parscale_core.analysis.law import PAPER
+    from parscale_core.analysis.pricing import price
 
     the_law = PAPER[law] if k is None else replace(PAPER[law], k=k)
     shape, precision = _model(model, options)
@@ -142,8 +142,8 @@ def cost(model, devices, law, k, parts, paper, plot, force, as_json, **options):
         ]  # fmt: skip
         report["devices"].append(asdict(machine) | {"rows": rows})
     if plot is not None:
-        from parscale_cli.analysis.cost_plot import draw
-        from parscale_cli.analysis.figures import save
+        from parscale_core.analysis.cost_plot import draw
+        from parscale_core.analysis.figures import save
 
         save(draw(report), plot)
     if as_json:
@@ -153,7 +153,7 @@ def cost(model, devices, law, k, parts, paper, plot, force, as_json, **options):
 
 
 def _model(model: str, options: dict):
-    from parscale_cli.analysis.shape import PAPER_SHAPES, Precision, read_shape
+    from parscale_core.analysis.shape import PAPER_SHAPES, Precision, read_shape
 
     if model in PAPER_SHAPES:
         shape, precision = PAPER_SHAPES[model], Precision()
@@ -174,8 +174,8 @@ def _model(model: str, options: dict):
 
 
 def _machine(name: str, precision, options: dict):
-    from parscale_cli.analysis import devices
-    from parscale_cli.analysis.roofline import Machine
+    from parscale_core.analysis import devices
+    from parscale_core.analysis.roofline import Machine
 
     if name == THIS:
         device, compute, bandwidth = _measure(precision.others), 100, 100
@@ -192,8 +192,7 @@ def _measure(bits: int):
     from parscale_mlx import machine
 
     import mlx.core as mx
-
-    from parscale_cli.analysis.devices import Device
+    from parscale_core.analysis.devices import Device
 
     if mx.default_device() == mx.cpu and bits < 32:
         click.echo("parscale computes in float32 here; --weight-bits 32 counts that", err=True)

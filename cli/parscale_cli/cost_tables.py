@@ -4,8 +4,7 @@ import json
 from dataclasses import asdict
 
 import click
-
-from parscale_cli.quantities import count
+from parscale_core.analysis.numbers import count
 
 
 def print_report(report: dict, *, parts: bool) -> None:
@@ -68,7 +67,7 @@ def _print_parts(rows: list[dict]) -> None:
 
 def print_headline(*, as_json: bool) -> None:
     """The paper's headline, what it assumes, and what this package's counts make of it."""
-    from parscale_cli.analysis import headline
+    from parscale_core.analysis import headline
 
     sides = {
         "paper": headline.published(),

@@ -8,7 +8,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_option(what: str):
-    """Add ``--plot FILE``; ``check_plot`` and ``parscale_cli.analysis.figures.save`` take it up."""
+    """Add ``--plot FILE``; see ``check_plot`` and ``parscale_core.analysis.figures``."""
     return click.option(
         "--plot",
         metavar="FILE",

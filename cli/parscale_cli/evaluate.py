@@ -16,8 +16,8 @@ from parscale_cli.quantities import WholeNumbers
 from parscale_cli.runtime import choose_runtime, follows, open_all, runtime_options
 
 if TYPE_CHECKING:
-    from parscale_cli.evaluation.pass_at_k import Sample
-    from parscale_cli.evaluation.problems import Problem
+    from parscale_core.evaluation.problems import Problem
+    from parscale_core.evaluation.samples import Sample
 
 CODE_TOKENS = 512
 
@@ -27,7 +27,7 @@ class ProblemsFile(click.Path):
 
     def convert(self, value, param, ctx):
         if value == "humaneval":
-            from parscale_cli.evaluation.problems import humaneval_file
+            from parscale_core.evaluation.problems import humaneval_file
 
             return humaneval_file()
         return super().convert(value, param, ctx)
@@ -219,7 +219,7 @@ def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, optio
 
 
 def _read_all(files: tuple[Path, ...], limit: int | None) -> dict[str, list["Problem"]]:
-    from parscale_cli.evaluation.problems import read_problems
+    from parscale_core.evaluation.problems import read_problems
 
     return {file.name: read_problems(file)[:limit] for file in files}
 
@@ -275,11 +275,10 @@ def _run_code(
     problems: list["Problem"], count: int, engine: Any, options: dict
 ) -> Iterator["Sample"]:
     from parscale_core.engine import Request, Sampling
+    from parscale_core.evaluation.prompt_tokens import cut_prompt
+    from parscale_core.evaluation.samples import run_samples
+    from parscale_core.evaluation.sandbox import Limits
     from tqdm import tqdm
-
-    from parscale_cli.evaluation.pass_at_k import run_samples
-    from parscale_cli.evaluation.prompt_tokens import cut_prompt
-    from parscale_cli.evaluation.sandbox import Limits
 
     asked = [problem for problem in problems for _ in range(options["samples"])]
     cuts = [cut_prompt(engine.tokenizer, problem.prompt, problem.likely) for problem in asked]
@@ -306,7 +305,7 @@ def _run_code(
 def _pass_figures(
     file: str, count: int, samples: list["Sample"], ks: tuple[int, ...]
 ) -> Iterator[Figure]:
-    from parscale_cli.evaluation.pass_at_k import estimate
+    from parscale_core.analysis.pass_at_k import estimate
 
     for k in ks:
         value, error = estimate(samples, k)

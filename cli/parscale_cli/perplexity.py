@@ -16,7 +16,7 @@ from parscale_cli.parallel import parallel_option
 from parscale_cli.runtime import choose_runtime, find_export
 
 if TYPE_CHECKING:
-    from parscale_cli.evaluation.perplexity import Report
+    from parscale_core.analysis.perplexity import Report
 
 ENOUGH = 2048
 
@@ -92,8 +92,8 @@ def perplexity(
 
     A FILE is one document, or of a .jsonl file each line is one: a string or {"text": ...}.
     """
-    from parscale_cli.evaluation.perplexity import report
-    from parscale_cli.evaluation.text import read_documents, windows
+    from parscale_core.analysis.perplexity import report
+    from parscale_core.evaluation.text import read_documents, windows
 
     documents = [document for file in files for document in read_documents(file)]
     losses: dict[int, list[float]] = {}

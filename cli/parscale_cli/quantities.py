@@ -3,8 +3,7 @@
 import math
 
 import click
-
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
+from parscale_core.analysis.numbers import UNITS
 
 
 class ParameterCount(click.ParamType):
@@ -44,11 +43,3 @@ class WholeNumbers(click.ParamType):
             limit = f" from 1 to {self.most}" if self.most else ", each at least 1"
             self.fail(f"{value!r} is not a list of whole numbers{limit}", param, ctx)
         return tuple(numbers)
-
-
-def count(number: float) -> str:
-    """A number of parameters in three digits: 1.57B."""
-    for unit in ("T", "B", "M", "K"):
-        if number >= UNITS[unit]:
-            return f"{number / UNITS[unit]:.3g}{unit}"
-    return f"{number:.3g}"

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import click
+from parscale_core.analysis.numbers import count
 
 from parscale_cli.drawing import check_plot, plot_option, require
-from parscale_cli.quantities import ParameterCount, WholeNumbers, count
+from parscale_cli.quantities import ParameterCount, WholeNumbers
 
 NAMES = ("E", "A", "alpha", "k")
 
@@ -59,8 +60,8 @@ def scaling_law(table, parameters, streams, bootstrap, confidence, seed, plot, f
     require("scipy", "scaling-law")
     require("threadpoolctl", "scaling-law")
     check_plot(plot, force=force)
-    from parscale_cli.analysis import fit
-    from parscale_cli.analysis.losses import PAPER_LOSSES, read_losses
+    from parscale_core.analysis import fit
+    from parscale_core.analysis.loss_table import PAPER_LOSSES, read_losses
 
     fits, reports = [], []
     for losses in read_losses(table or PAPER_LOSSES):
@@ -87,8 +88,8 @@ def scaling_law(table, parameters, streams, bootstrap, confidence, seed, plot, f
             ]
         reports.append(report)
     if plot is not None:
-        from parscale_cli.analysis.contour import draw
-        from parscale_cli.analysis.figures import save
+        from parscale_core.analysis.contour import draw
+        from parscale_core.analysis.figures import save
 
         save(draw(fits), plot)
     if as_json:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
-from parscale_cli.analysis import headline
-from parscale_cli.analysis.devices import DEVICES
-from parscale_cli.analysis.law import PAPER
-from parscale_cli.analysis.losses import PAPER_LOSSES, read_losses
-from parscale_cli.analysis.roofline import Machine, cost, step
-from parscale_cli.analysis.shape import PAPER_SHAPES, Precision, read_shape
 from parscale_cli.cost import DEVICES as NAMED
 from parscale_cli.cost import SIZES
+from parscale_core.analysis import headline
+from parscale_core.analysis.devices import DEVICES
+from parscale_core.analysis.law import PAPER
+from parscale_core.analysis.loss_table import PAPER_LOSSES, read_losses
+from parscale_core.analysis.roofline import Machine, cost, step
+from parscale_core.analysis.shape import PAPER_SHAPES, Precision, read_shape
 from safetensors import safe_open
 from tiny_models import GOLDEN, error_line
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from parscale_cli.evaluation.intervals import bootstrap_means, percentiles
-from parscale_cli.evaluation.text import windows
+from parscale_core.analysis.intervals import bootstrap_means, percentiles
+from parscale_core.evaluation.text import windows
 from parscale_export import export_onnx
 from tiny_models import error_line
 

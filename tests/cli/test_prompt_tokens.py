@@ -1,8 +1,8 @@
 """Prompts of programming problems end where a token of prompt and answer together ends."""
 
 import pytest
-from parscale_cli.evaluation.problems import read_problems
-from parscale_cli.evaluation.prompt_tokens import cut_prompt
+from parscale_core.evaluation.problems import read_problems
+from parscale_core.evaluation.prompt_tokens import cut_prompt
 from test_evaluate import HUMANEVAL, MBPP, write_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer

@@ -13,9 +13,9 @@ from tiny_models import error_line
 pytest.importorskip("scipy")
 pytest.importorskip("threadpoolctl")
 
-from parscale_cli.analysis.fit import bootstrap, fit, r_squared
-from parscale_cli.analysis.law import PAPER, ScalingLaw
-from parscale_cli.analysis.losses import PAPER_LOSSES, Losses, read_losses
+from parscale_core.analysis.fit import bootstrap, fit, r_squared
+from parscale_core.analysis.law import PAPER, ScalingLaw
+from parscale_core.analysis.loss_table import PAPER_LOSSES, Losses, read_losses
 
 # Published beside figure 2 of the paper.
 PUBLISHED_R_SQUARED = {"stack-v2-python": 0.9978, "pile": 0.9987}
@@ -192,7 +192,7 @@ def test_missing_packages_are_one_line(parscale, monkeypatch):
 
 def test_the_analysis_imports_no_engine():
     code = (
-        "import sys, pkgutil, importlib, parscale_cli.analysis as a\n"
+        "import sys, pkgutil, importlib, parscale_core.analysis as a\n"
         "for m in pkgutil.walk_packages(a.__path__, a.__name__ + '.'):\n"
         "    importlib.import_module(m.name)\n"
         "assert not {'mlx', 'onnx', 'onnxruntime', 'torch', 'transformers'} & set(sys.modules)"

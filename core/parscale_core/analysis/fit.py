@@ -6,8 +6,8 @@ import numpy as np
 from scipy.optimize import minimize
 from threadpoolctl import threadpool_limits
 
-from parscale_cli.analysis.law import ScalingLaw
-from parscale_cli.analysis.losses import Losses
+from parscale_core.analysis.law import ScalingLaw
+from parscale_core.analysis.loss_table import Losses
 
 DELTA = 1e-3  # of the Huber loss of log L
 # Starting points: E as a share of the smallest loss, alpha, k. A follows from the losses' middle.

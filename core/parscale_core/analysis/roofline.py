@@ -7,8 +7,8 @@ read once and its new entries written, a matrix product's inputs are read and it
 
 from dataclasses import dataclass
 
-from parscale_cli.analysis.devices import Device
-from parscale_cli.analysis.shape import Precision, Shape
+from parscale_core.analysis.devices import Device
+from parscale_core.analysis.shape import Precision, Shape
 
 
 @dataclass(frozen=True)

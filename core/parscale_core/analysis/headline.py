@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parscale_cli.analysis.devices import DEVICES
-from parscale_cli.analysis.law import PAPER
-from parscale_cli.analysis.losses import PAPER_LOSSES, read_losses
-from parscale_cli.analysis.roofline import Machine, cost
-from parscale_cli.analysis.shape import PAPER_SHAPES, Precision, Shape
+from parscale_core.analysis.devices import DEVICES
+from parscale_core.analysis.law import PAPER
+from parscale_core.analysis.loss_table import PAPER_LOSSES, read_losses
+from parscale_core.analysis.roofline import Machine, cost
+from parscale_core.analysis.shape import PAPER_SHAPES, Precision, Shape
 
 MACHINE = Machine(DEVICES["a100"], compute_share=0.7, bandwidth_share=0.9)
 LENGTHS = (64, 128, 256, 512)

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, replace
 
-from parscale_cli.analysis.law import ScalingLaw
-from parscale_cli.analysis.roofline import Machine, cost, step
-from parscale_cli.analysis.shape import Precision, Shape
+from parscale_core.analysis.law import ScalingLaw
+from parscale_core.analysis.roofline import Machine, cost, step
+from parscale_core.analysis.shape import Precision, Shape
 
 
 def price(

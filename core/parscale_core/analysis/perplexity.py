@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from parscale_cli.evaluation.intervals import Interval, bootstrap_means, percentiles
-from parscale_cli.evaluation.text import Window
+from parscale_core.analysis.intervals import Interval, bootstrap_means, percentiles
+from parscale_core.evaluation.text import Window
 
 FEW_DOCUMENTS = 20
 

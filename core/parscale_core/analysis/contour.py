@@ -3,9 +3,9 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from parscale_cli.analysis.law import ScalingLaw
-from parscale_cli.analysis.losses import Losses
-from parscale_cli.quantities import count
+from parscale_core.analysis.law import ScalingLaw
+from parscale_core.analysis.loss_table import Losses
+from parscale_core.analysis.numbers import count
 
 
 def draw(fits: list[tuple[Losses, ScalingLaw]]) -> Figure:
