@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from helpers.tiny_models import GOLDEN, write_tokenizer
 from safetensors.numpy import load_file, save_file
-from tiny_models import GOLDEN, write_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,8 @@
 import json
 import shutil
 
+from helpers.tiny_models import GOLDEN, error_line
 from safetensors.numpy import load_file, save_file
-from tiny_models import GOLDEN, error_line
 
 RUN = ("--prompt", "Hi", "-n", 9, "--json")
 

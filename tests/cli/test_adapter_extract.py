@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from helpers.tiny_models import GOLDEN, error_line
 from safetensors.numpy import load_file, save_file
-from tiny_models import GOLDEN, error_line
 
 STREAMS = ("prefix_k", "prefix_v", "aggregate_layer")
 RUN = ("--prompt", "Hi", "-n", 9, "--json")

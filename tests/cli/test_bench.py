@@ -8,9 +8,9 @@ from parscale_mlx import machine
 from parscale_mlx.adapter import save_adapter, take_streams
 
 import pytest
+from helpers.tiny_models import GOLDEN, error_line
 from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
-from tiny_models import GOLDEN, error_line
 
 RUN = ("bench", "--tokens", 2, "--repeats", 1, "--prompt", "5")
 

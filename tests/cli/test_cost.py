@@ -8,6 +8,7 @@ import parscale_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_models import GOLDEN, error_line
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 from parscale_cli.cost import DEVICES as NAMED
@@ -19,7 +20,6 @@ from parscale_core.analysis.loss_table import PAPER_LOSSES, read_losses
 from parscale_core.analysis.roofline import Machine, cost, step
 from parscale_core.analysis.shape import PAPER_SHAPES, Precision, read_shape
 from safetensors import safe_open
-from tiny_models import GOLDEN, error_line
 
 CASES = ("p1", "p2-tied-sharded", "p4", "p4-bf16", "p8-short-prefix")
 A100 = Machine(DEVICES["a100"])

@@ -14,12 +14,12 @@ from parscale_mlx.load import open_models
 
 import mlx.core as mx
 import pytest
+from helpers.tiny_models import error_line
 from parscale_core.analysis.pass_at_k import estimate, pass_at_k
 from parscale_core.engine import Request, Sampling
 from parscale_core.evaluation.problems import humaneval_file, read_problems
 from parscale_core.evaluation.samples import Sample, run_samples
 from parscale_core.evaluation.sandbox import Limits, Outcome, run_program
-from tiny_models import error_line
 
 HUMANEVAL = [
     {

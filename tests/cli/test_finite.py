@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers.tiny_models import error_line
 from parscale_export import export_onnx
 from safetensors.numpy import load_file, save_file
-from tiny_models import error_line
 
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -11,8 +11,8 @@ from parscale_mlx import generate, load
 
 import mlx.core as mx
 import pytest
+from helpers.tiny_models import error_line, set_eos, write_tokenizer
 from safetensors.numpy import load_file
-from tiny_models import error_line, set_eos, write_tokenizer
 
 
 def tokens_of(result) -> list[int]:

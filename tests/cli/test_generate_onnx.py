@@ -8,9 +8,9 @@ import sys
 
 import onnxruntime as ort
 import pytest
+from helpers.tiny_models import error_line, set_eos
 from parscale_export import export_onnx
 from parscale_export.runtime.provider import CUDA, count_devices, missing_libraries
-from tiny_models import error_line, set_eos
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from tiny_models import error_line
+from helpers.tiny_models import error_line
 
 
 def test_help_imports_no_engine():

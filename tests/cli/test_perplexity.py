@@ -9,10 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.tiny_models import error_line
 from parscale_core.analysis.intervals import bootstrap_means, percentiles
 from parscale_core.evaluation.text import windows
 from parscale_export import export_onnx
-from tiny_models import error_line
 
 
 @pytest.fixture(scope="module")

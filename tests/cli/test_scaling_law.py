@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny_models import error_line
+from helpers.tiny_models import error_line
 
 pytest.importorskip("scipy")
 pytest.importorskip("threadpoolctl")

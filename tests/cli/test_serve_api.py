@@ -9,7 +9,7 @@ from parscale_mlx.load import open_models
 import mlx.core as mx
 import openai
 import pytest
-from serving import CHAT, TEXT, Reference, chat, post, request, serving
+from helpers.serving import CHAT, TEXT, Reference, chat, post, request, serving
 
 
 @pytest.fixture(scope="module")

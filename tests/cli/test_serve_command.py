@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from http.client import HTTPConnection, IncompleteRead
 
 import pytest
-from serving import CHAT, chat
-from tiny_models import error_line
+from helpers.serving import CHAT, chat
+from helpers.tiny_models import error_line
 
 RUN = [sys.executable, "-c", "from parscale_cli.main import cli; cli()", "serve"]
 

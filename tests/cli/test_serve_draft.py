@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from parscale_mlx.load import load_draft, open_models
 
 import pytest
-from serving import CHAT, TEXT, Reference, chat, post, serving
-from tiny_models import error_line, write_tokenizer
+from helpers.serving import CHAT, TEXT, Reference, chat, post, serving
+from helpers.tiny_models import error_line, write_tokenizer
 
 
 @pytest.fixture(scope="module")

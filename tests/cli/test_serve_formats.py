@@ -11,8 +11,8 @@ from parscale_mlx.load import open_models
 import anthropic
 import openai
 import pytest
+from helpers.serving import CHAT, TEXT, Reference, chat, post, raw, raw_post, request, serving
 from pydantic import BaseModel
-from serving import CHAT, TEXT, Reference, chat, post, raw, raw_post, request, serving
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 HI = [{"role": "user", "content": "Hi"}]

@@ -9,7 +9,18 @@ from parscale_mlx.engine.batch import Batch
 from parscale_mlx.load import open_models
 
 import pytest
-from serving import CHAT, TEXT, Reference, chat, metric, post, raw, raw_post, request, serving
+from helpers.serving import (
+    CHAT,
+    TEXT,
+    Reference,
+    chat,
+    metric,
+    post,
+    raw,
+    raw_post,
+    request,
+    serving,
+)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,18 @@ from parscale_mlx.load import open_models
 
 import mlx.core as mx
 import pytest
-from serving import CHAT, TEXT, Reference, chat, metric, post, raw, raw_post, request, serving
+from helpers.serving import (
+    CHAT,
+    TEXT,
+    Reference,
+    chat,
+    metric,
+    post,
+    raw,
+    raw_post,
+    request,
+    serving,
+)
 
 QUESTIONS = [f"question {word} of many" for word in ("one", "two", "three", "four", "five", "six")]
 LENGTH = 24

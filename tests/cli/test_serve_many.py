@@ -12,8 +12,8 @@ from parscale_mlx.engine import open_engine
 
 import psutil
 import pytest
+from helpers.serving import CHAT, TEXT, Answer, chat, post, request, running
 from parscale_core.serve.settings import Settings
-from serving import CHAT, TEXT, Answer, chat, post, request, running
 
 pytestmark = pytest.mark.slow
 COUNT = int(os.environ.get("PARSCALE_SERVE_COUNT", "10000"))

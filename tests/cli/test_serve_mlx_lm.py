@@ -14,7 +14,7 @@ from unittest import TestCase, skip
 from parscale_mlx.load import load_draft, open_models
 
 import pytest
-from serving import serving
+from helpers.serving import serving
 
 SOURCE = os.environ.get("PARSCALE_MLX_LM_SOURCE")
 # What else its server's classes hold, and why it is not run.

@@ -7,7 +7,7 @@ from parscale_mlx.engine.batch import Batch
 from parscale_mlx.load import open_models
 
 import pytest
-from serving import CHAT, Reference, chat, post, serving
+from helpers.serving import CHAT, Reference, chat, post, serving
 
 pytest.importorskip("selenium", reason="driving Chromium needs selenium")
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService

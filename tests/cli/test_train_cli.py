@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.tiny_models import error_line
 from safetensors.numpy import load_file
-from tiny_models import error_line
 
 TEXT = "".join(f"Line {n}: streams differ by what they have read before.\n" for n in range(60))
 SETTINGS = (

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import pytest
+from helpers.tiny_models import error_line, write_tokenizer
 from parscale_core.checkpoint.tokenizer import end_tokens
 from parscale_export import export_onnx
-from tiny_models import error_line, write_tokenizer
 
 
 @pytest.fixture(scope="module")

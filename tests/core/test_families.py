@@ -7,7 +7,7 @@ import parscale_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
-from made_folders import SIZES, add_streams, expected, expected_of_streams, make, tokens
+from helpers.made_folders import SIZES, add_streams, expected, expected_of_streams, make, tokens
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_export import OnnxModel, export_onnx
 

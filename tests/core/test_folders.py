@@ -9,7 +9,7 @@ import parscale_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
-from made_folders import expected, make, tokens
+from helpers.made_folders import expected, make, tokens
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import OnnxModel, export_onnx
 from safetensors.numpy import load_file, save_file

@@ -10,7 +10,7 @@ import parscale_mlx
 
 import mlx.core as mx
 import pytest
-from made_folders import LONGROPE, YARN, make
+from helpers.made_folders import LONGROPE, YARN, make
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import export_onnx
 

@@ -7,7 +7,7 @@ import parscale_mlx
 import mlx.core as mx
 import numpy as np
 import pytest
-from made_folders import (
+from helpers.made_folders import (
     LONGROPE,
     ROPES,
     SIZES,

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import variant
+from helpers.examples import EXAMPLES, write_tokenizer
+from helpers.onnx_cases import variant
 from parscale_export import export_onnx
-from running import EXAMPLES, write_tokenizer
 
 
 @pytest.fixture(scope="session")

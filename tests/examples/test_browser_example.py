@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from running import CASES, EXAMPLES, prompt_and_answer, run, words
+from helpers.examples import CASES, EXAMPLES, prompt_and_answer, run, words
 
 # A WebGPU adapter that computes on the CPU, where Chromium brings it.
 SOFTWARE_GPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")

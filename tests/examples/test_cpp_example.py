@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import CASES, EXAMPLES, prompt_and_answer, run
+from helpers.examples import CASES, EXAMPLES, prompt_and_answer, run
 
 PACKAGES = EXAMPLES / "node_modules"
 HEADERS = PACKAGES / "@qvac/onnx/prebuilds/include/onnxruntime"

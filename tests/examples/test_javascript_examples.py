@@ -4,9 +4,9 @@ import importlib.util
 import json
 
 import pytest
+from helpers.examples import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
 from parscale_core.checkpoint.folder import find_folder
 from parscale_export import export_onnx
-from running import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
 
 
 @pytest.mark.parametrize("case", CASES)

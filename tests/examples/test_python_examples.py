@@ -5,8 +5,8 @@ import sys
 from importlib.util import find_spec
 
 import pytest
-from cases import batches
-from running import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
+from helpers.examples import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
+from helpers.onnx_cases import batches
 
 
 @pytest.mark.parametrize("case", CASES)

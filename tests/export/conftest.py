@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cases import CASES, GOLDEN, LAYOUTS, OPERATORS
+from helpers.onnx_cases import CASES, GOLDEN, LAYOUTS, OPERATORS
 from parscale_export import OnnxModel, export_onnx
 
 

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from adapters import joined, random_adapter, split
-from cases import GOLDEN, LAYOUTS, OPERATORS, batches
+from helpers.onnx_adapters import joined, random_adapter, split
+from helpers.onnx_cases import GOLDEN, LAYOUTS, OPERATORS, batches
 from parscale_core.checkpoint.adapter import fingerprint
 from parscale_export import OnnxModel, export_onnx
 from safetensors.numpy import load_file, save_file

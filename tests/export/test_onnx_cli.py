@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from cases import GOLDEN, variant
 from click.testing import CliRunner
+from helpers.onnx_cases import GOLDEN, variant
 from safetensors.numpy import load_file
 
 P4 = GOLDEN / "p4"

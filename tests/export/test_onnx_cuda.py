@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cases import GOLDEN, LAYOUTS, batches, random_model
+from helpers.onnx_cases import GOLDEN, LAYOUTS, batches, random_model
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.runtime.likeliest import Likeliest
 from parscale_export.runtime.provider import CUDA, count_devices

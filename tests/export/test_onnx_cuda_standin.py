@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
-from cases import GOLDEN, LAYOUTS, random_model
+from helpers.onnx_cases import GOLDEN, LAYOUTS, random_model
 from packaging.version import Version
 from parscale_export import export_onnx
 from parscale_export.runtime.provider import CUDA, CUDA_SINCE

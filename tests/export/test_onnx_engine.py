@@ -14,15 +14,15 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 import pytest
-from adapters import split
-from cases import GOLDEN, OPERATORS, batches
+from helpers.onnx_adapters import split
+from helpers.onnx_cases import GOLDEN, OPERATORS, batches
+from helpers.tiny_models import write_tokenizer
 from parscale_core.engine import Request, Sampling, grammar
 from parscale_export import OnnxEngine, OnnxModel, export_onnx, open_engine
 from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.prefill import Growing
 from parscale_export.runtime.sampling import choose, generator
 from test_request_state import BYTES, SCRIPTS, decoded
-from tiny_models import write_tokenizer
 
 CASES = {1: "p1", 2: "p2-tied-sharded", 4: "p4"}
 KINDS = [

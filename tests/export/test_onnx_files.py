@@ -7,7 +7,7 @@ import re
 import numpy as np
 import onnx
 import pytest
-from cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
+from helpers.onnx_cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.runtime.sampling import Sampling, choose
 

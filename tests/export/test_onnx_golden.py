@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import GOLDEN, LAYOUTS, OPERATORS, GenericRuntime, batches
+from helpers.onnx_cases import GOLDEN, LAYOUTS, OPERATORS, GenericRuntime, batches
 from parscale_export import OnnxModel, export_onnx
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05}

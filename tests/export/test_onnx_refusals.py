@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cases import GOLDEN, variant
+from helpers.onnx_cases import GOLDEN, variant
 from parscale_export import OnnxModel, export_onnx
 from safetensors.numpy import load_file
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cases import GOLDEN, LAYOUTS, batches
+from helpers.onnx_cases import GOLDEN, LAYOUTS, batches
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.runtime.session import find_graphs
 

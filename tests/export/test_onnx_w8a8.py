@@ -5,7 +5,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
+from helpers.onnx_cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.calibrate import calibration_tokens, observe

@@ -1,7 +1,7 @@
 """The golden cases as fixtures, each loaded once."""
 
 import pytest
-from golden_cases import CASES, Golden, load_golden
+from helpers.golden_cases import CASES, Golden, load_golden
 
 
 @pytest.fixture(scope="session", params=CASES)

@@ -14,7 +14,7 @@ from parscale_mlx.quantize import Quantization
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from golden_cases import GOLDEN, TOLERANCE, difference, load_golden
+from helpers.golden_cases import GOLDEN, TOLERANCE, difference, load_golden
 from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
 

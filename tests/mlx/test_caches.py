@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from golden_cases import TOLERANCE, difference, load_golden
+from helpers.golden_cases import TOLERANCE, difference, load_golden
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import (

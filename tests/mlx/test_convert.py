@@ -11,7 +11,7 @@ from parscale_mlx.quantize import Quantization
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from golden_cases import CASES, GOLDEN, TOLERANCE, difference, load_golden
+from helpers.golden_cases import CASES, GOLDEN, TOLERANCE, difference, load_golden
 from mlx.utils import tree_flatten
 
 convert_module = sys.modules["parscale_mlx.convert"]

@@ -7,7 +7,7 @@ from parscale_mlx import load_model
 
 import mlx.core as mx
 import pytest
-from gguf_files import random_weights, write_gguf
+from helpers.gguf_files import random_weights, write_gguf
 from parscale_core.checkpoint import packaged
 from parscale_core.checkpoint.adapter import adapter_folders
 from parscale_core.checkpoint.folder import find_folder

@@ -14,11 +14,11 @@ from parscale_mlx.quantize import Quantization
 import mlx.core as mx
 import mlx_lm
 import pytest
-from golden_cases import CASES, GOLDEN, TOLERANCE, difference, read_rows
+from helpers.golden_cases import CASES, GOLDEN, TOLERANCE, difference, read_rows
+from helpers.tiny_models import write_tokenizer
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import load_model
-from tiny_models import write_tokenizer
 
 FROM_SAFETENSORS = [case for case in CASES if case != "p2-torch-bin"]
 
@@ -158,7 +158,7 @@ def test_gptq_quantises_with_the_streams_in_place(folder, tmp_path):
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
 def test_other_families(tmp_path, family):
     pytest.importorskip("torch", reason="transformers makes these models with PyTorch")
-    from made_folders import add_streams, make
+    from helpers.made_folders import add_streams, make
 
     fields = {"sliding_window": None} if family == "mistral" else {"head_dim": 32}
     whole = add_streams(make(tmp_path / "m", family, **fields), 2, 5)

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
-from gguf_files import golden_weights, random_weights, write_gguf
-from golden_cases import GOLDEN, TOLERANCE, difference, read_rows
+from helpers.gguf_files import golden_weights, random_weights, write_gguf
+from helpers.golden_cases import GOLDEN, TOLERANCE, difference, read_rows
 from transformers import AutoTokenizer
 
 BYTES = [*map(chr, range(33, 127)), *map(chr, range(161, 173)), *map(chr, range(174, 324))]

@@ -6,13 +6,13 @@ from parscale_mlx.convert import convert
 import mlx.core as mx
 import numpy as np
 import pytest
-from gguf_files import random_weights, write_gguf
+from helpers.gguf_files import random_weights, write_gguf
 from parscale_core.checkpoint.gguf.reader import open_gguf, read_config
 from test_gguf import byte_tokenizer
 from transformers import AutoTokenizer
 
 pytest.importorskip("xllamacpp", reason="needs llama.cpp (pip install xllamacpp)")
-from llama_cpp import LlamaCpp, words
+from helpers.llama_cpp import LlamaCpp, words
 
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 

@@ -10,8 +10,8 @@ from parscale_mlx.load import load_model
 
 import numpy as np
 import pytest
-from gguf_files import random_weights, write_gguf
-from llama_cpp import words
+from helpers.gguf_files import random_weights, write_gguf
+from helpers.llama_cpp import words
 from test_gguf import byte_tokenizer, failure
 
 HEADS = "llama.attention.head_count"

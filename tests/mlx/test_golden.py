@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from golden_cases import TOLERANCE, difference
+from helpers.golden_cases import TOLERANCE, difference
 from mlx_lm.generate import BatchGenerator, generate_step
 
 

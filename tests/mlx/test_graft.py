@@ -9,7 +9,7 @@ from parscale_mlx.graft import cut_pieces, default_text, graft, grafted_config, 
 
 import mlx.core as mx
 import pytest
-from golden_cases import GOLDEN, difference
+from helpers.golden_cases import GOLDEN, difference
 from parscale_core.checkpoint.config import ModelConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -8,7 +8,7 @@ from parscale_mlx import load, load_model
 
 import mlx.core as mx
 import pytest
-from golden_cases import GOLDEN, TOLERANCE, difference, load_golden
+from helpers.golden_cases import GOLDEN, TOLERANCE, difference, load_golden
 from parscale_core.checkpoint.folder import find_folder
 
 

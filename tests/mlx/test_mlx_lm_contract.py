@@ -12,7 +12,7 @@ from parscale_mlx.engine import mlx_lm_parts as parts
 
 import mlx.core as mx
 import pytest
-from golden_cases import load_golden
+from helpers.golden_cases import load_golden
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version

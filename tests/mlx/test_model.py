@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from golden_cases import TOLERANCE, difference, load_golden
+from helpers.golden_cases import TOLERANCE, difference, load_golden
 from mlx.utils import tree_map
 from mlx_lm.models import llama, qwen2
 from parscale_core.checkpoint.config import ModelConfig

@@ -13,13 +13,13 @@ from parscale_mlx.training import TrainSettings, train
 import mlx.core as mx
 import numpy as np
 import pytest
-from golden_cases import GOLDEN, difference
+from helpers.golden_cases import GOLDEN, difference
+from helpers.training_files import write_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import make_prompt_cache
 from parscale_core.checkpoint.adapter import fingerprint
 from parscale_core.checkpoint.config import ModelConfig
-from training_files import write_model
 
 PREFIX = 7
 PAST = [[5, 9, 2, 77, 31, 8, 1]]

@@ -8,9 +8,9 @@ from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import pytest
-from golden_cases import GOLDEN, difference
+from helpers.golden_cases import GOLDEN, difference
+from helpers.tiny_models import write_tokenizer
 from mlx_lm.convert import mixed_quant_predicate_builder
-from tiny_models import write_tokenizer
 
 TEXT = "".join(f"line {n} of a text to learn from, {n * n} of all\n" for n in range(400))
 

@@ -18,10 +18,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.training_files import CONFIG, TEXT, write_config, write_model
 from mlx.utils import tree_flatten, tree_unflatten
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.names import is_stream_tensor
-from training_files import CONFIG, TEXT, write_config, write_model
 
 TIMES = ("tokens_per_second", "iterations_per_second", "val_time", "peak_memory")
 

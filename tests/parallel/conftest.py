@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from golden_cases import GOLDEN
-from tiny_models import write_tokenizer
+from helpers.golden_cases import GOLDEN
+from helpers.tiny_models import write_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import subprocess
 
 import pytest
-import rank_jobs
 from click.testing import CliRunner
+from helpers import rank_jobs
+from helpers.rank_processes import LAUNCH, launched, run_ranks
 from parscale_cli.main import cli
-from rank_processes import LAUNCH, launched, run_ranks
 
 LINES = "Hello\nAnd then?\n/nonsense\n/reset\nHello\n/quit\nnever read\n"
 

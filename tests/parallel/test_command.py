@@ -11,11 +11,11 @@ import parscale_mlx
 from parscale_mlx.adapter import save_adapter, take_streams
 
 import pytest
-import rank_jobs
 from click.testing import CliRunner
+from helpers import rank_jobs
+from helpers.rank_processes import LAUNCH, launched, run_ranks
 from parscale_cli.main import cli
 from parscale_core.checkpoint.adapter import fingerprint
-from rank_processes import LAUNCH, launched, run_ranks
 from safetensors.numpy import load_file, save_file
 
 

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import rank_jobs
 from click.testing import CliRunner
+from helpers import rank_jobs
+from helpers.rank_processes import run_ranks
 from parscale_cli.main import cli
-from rank_processes import run_ranks
 
 PROBLEM = {
     "prompt": "def two():\n",

@@ -7,11 +7,11 @@ import signal
 import time
 
 import pytest
-import rank_jobs
-from golden_cases import GOLDEN
-from rank_processes import Ranks, run_ranks
+from helpers import rank_jobs
+from helpers.golden_cases import GOLDEN
+from helpers.rank_processes import Ranks, run_ranks
+from helpers.tiny_models import write_tokenizer
 from safetensors.numpy import load_file, save_file
-from tiny_models import write_tokenizer
 
 PATIENCE = 15.0  # seconds; it takes two or three, but tests share the machine
 

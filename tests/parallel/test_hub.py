@@ -10,8 +10,8 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
-import rank_jobs
-from rank_processes import run_ranks
+from helpers import rank_jobs
+from helpers.rank_processes import run_ranks
 
 NAME, COMMIT = "someone/p4", "0123456789abcdef0123456789abcdef01234567"
 

@@ -12,13 +12,13 @@ from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import pytest
-import rank_jobs
+from helpers import rank_jobs
+from helpers.rank_processes import run_ranks
+from helpers.tiny_models import write_tokenizer
 from mlx.utils import tree_flatten, tree_map
 from parscale_core.checkpoint.adapter import fingerprint
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.weight_files import read_header
-from rank_processes import run_ranks
-from tiny_models import write_tokenizer
 
 CONFIG = {
     "model_type": "qwen2",

@@ -3,9 +3,9 @@
 import sys
 
 import pytest
-import rank_jobs
-from golden_cases import TOLERANCE, load_golden
-from rank_processes import run_ranks
+from helpers import rank_jobs
+from helpers.golden_cases import TOLERANCE, load_golden
+from helpers.rank_processes import run_ranks
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import parscale_mlx
 
 import pytest
-import rank_jobs
-from rank_processes import Ranks, run_ranks
-from serving import CHAT, TEXT, Reference, chat, post, raw, raw_post, request
+from helpers import rank_jobs
+from helpers.rank_processes import Ranks, run_ranks
+from helpers.serving import CHAT, TEXT, Reference, chat, post, raw, raw_post, request
 
 PATIENCE = 15.0  # seconds; it takes two or three, but tests share the machine
 

@@ -4,10 +4,10 @@ import json
 import sys
 
 import pytest
-import rank_jobs
 from click.testing import CliRunner
+from helpers import rank_jobs
+from helpers.rank_processes import run_ranks
 from parscale_cli.main import cli
-from rank_processes import run_ranks
 
 RUN = ("bench", "--tokens", "3", "--repeats", "1", "--prompt", "5")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells bytes sent")

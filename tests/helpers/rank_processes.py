@@ -36,7 +36,7 @@ class Ranks:
     def __init__(self, count: int, function, *arguments):
         os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["parscale_mlx", "parscale_mlx.engine", "rank_jobs"])
+        context.set_forkserver_preload(["parscale_mlx", "parscale_mlx.engine", "helpers.rank_jobs"])
         self.folder = tempfile.TemporaryDirectory()
         hostfile = Path(self.folder.name) / "hosts.json"
         hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))

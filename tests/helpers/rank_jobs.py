@@ -15,11 +15,12 @@ from parscale_mlx.parallel.watch import watched
 
 import huggingface_hub
 import mlx.core as mx
-from golden_cases import GOLDEN, difference, read_rows
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import quantize_model
 from parscale_core.checkpoint.config import ModelConfig
+
+from helpers.golden_cases import GOLDEN, difference, read_rows
 
 RANDOM = dict(
     model_type="llama",

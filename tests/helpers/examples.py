@@ -4,8 +4,9 @@ import json
 import subprocess
 from pathlib import Path
 
-from cases import batches
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from helpers.onnx_cases import batches
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CASES = ["p4", "p8-short-prefix"]

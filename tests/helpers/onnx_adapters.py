@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from cases import GOLDEN
 from parscale_core.checkpoint.adapter import fingerprint
 from safetensors.numpy import load_file, save_file
+
+from helpers.onnx_cases import GOLDEN
 
 
 def split(case: str, folder: Path) -> tuple[Path, Path]:
