@@ -10,7 +10,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from parscale_core.checkpoint.tensors import Checkpoint
 from tokenizers import Tokenizer
 
-from parscale_export.graph import Builder, Options, build
+from parscale_export.builder import Builder, Options
+from parscale_export.graph import build
 from parscale_export.runtime.session import CPU
 from parscale_export.smooth import Site
 

@@ -19,9 +19,10 @@ from parscale_core.checkpoint.output import EXPORT, check_output, place, working
 from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export import targets
+from parscale_export.builder import Options, folded_heads
 from parscale_export.calibrate import calibration_tokens, observe
 from parscale_export.fused import MAX_CUDA_HEADS
-from parscale_export.graph import Options, build, folded_heads
+from parscale_export.graph import build
 from parscale_export.runtime.session import step_file
 from parscale_export.smooth import Smoothing, plan
 from parscale_export.weights import BITS, FLOATS

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from parscale_core.checkpoint.rope import rotate
 
-from parscale_export.graph import MICROSOFT, Builder, folded_heads
+from parscale_export.builder import MICROSOFT, Builder, folded_heads
 
 # Query heads that the operator takes on CUDA.
 MAX_CUDA_HEADS = 1024

@@ -8,8 +8,8 @@ prefix's keys go, without rotary embedding, before the first call's own; every q
 import numpy as np
 import onnx_ir as ir
 
+from parscale_export.builder import Builder, folded_heads
 from parscale_export.fused import prefix_rows
-from parscale_export.graph import Builder, folded_heads
 
 
 class StandardOperators:

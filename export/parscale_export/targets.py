@@ -7,7 +7,7 @@ from typing import Any
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.tokenizer import end_tokens, read_object, write_tokenizer
 
-from parscale_export.graph import Options, folded_heads
+from parscale_export.builder import Options, folded_heads
 
 PRESETS: dict[str | None, dict[str, str]] = {
     None: {"kv_layout": "batch", "ops": "fused", "precision": "fp32"},

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from parscale_export.graph import Builder
+    from parscale_export.builder import Builder
 
 MIDDLE = 128  # the code of zero
 LARGEST = 127  # codes on either side of it
