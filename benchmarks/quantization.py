@@ -18,7 +18,8 @@ WINDOW = 256
 def measure(folder: Path, windows: int) -> dict:
     """Perplexity over the last windows of the text, and the bits a weight takes."""
     from parscale_mlx.graft import default_text, perplexity
-    from parscale_mlx.load import load_model, load_tokenizer
+    from parscale_mlx.load import load_model
+    from parscale_mlx.tokenizer import load_tokenizer
 
     import mlx.core as mx
     from parscale_core.checkpoint.weight_files import find_safetensors, read_headers

@@ -12,10 +12,11 @@ from typing import Any
 from parscale_mlx import graft
 from parscale_mlx.drop_in import add_model_file, check_model_file
 from parscale_mlx.finite import check_weights
-from parscale_mlx.load import load_model, load_tokenizer
+from parscale_mlx.load import load_model
 from parscale_mlx.model import Model
 from parscale_mlx.model_folder import LAYOUTS, dequantized, dtype_name, write_model
 from parscale_mlx.quantize import Quantization, check_quantization, cut_windows, quantize
+from parscale_mlx.tokenizer import load_tokenizer
 
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import mlx.core as mx

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.finite import check_logits
@@ -11,21 +10,16 @@ from parscale_mlx.model import Model
 from parscale_mlx.parallel.ranks import check_same, join
 from parscale_mlx.parallel.reading import read_own_rows
 from parscale_mlx.parallel.shard import plan, shard_model
+from parscale_mlx.tokenizer import load_tokenizer
+from parscale_mlx.weights import quantize_layers, read_weights
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import transformers
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from parscale_core.checkpoint import mlx_quantized
-from parscale_core.checkpoint.adapter import adapter_folders, digest, read_adapter
-from parscale_core.checkpoint.chat import bound_templates
-from parscale_core.checkpoint.config import read_config
+from parscale_core.checkpoint.adapter import digest, find_adapters, pick_adapter, read_adapter
 from parscale_core.checkpoint.folder import find_folder
-from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns
 from parscale_core.checkpoint.tensors import Checkpoint
-from parscale_core.checkpoint.tokenizer import check_vocabulary, end_tokens, tokenizer_files
+from parscale_core.checkpoint.tokenizer import tokenizer_files
 from parscale_core.checkpoint.weight_files import Entry, find_safetensors, read_header, read_headers
 
 
@@ -102,7 +96,7 @@ def load_model(
     checkpoint = Checkpoint(find_folder(path_or_name, revision=revision))
     model = Model(checkpoint.config)
     if checkpoint.quantization:
-        _quantize(model, checkpoint)
+        quantize_layers(model, checkpoint)
     model.eval()
     model.load_weights(list(read_weights(checkpoint).items()))
     # model_file names Python code in the folder for mlx-lm to run.
@@ -121,26 +115,6 @@ def load_model(
         mx.eval(model.parameters())
         check_logits(model, checkpoint.folder)
     return model, config
-
-
-def read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """A checkpoint's tensors by their names in memory, left on disk until they are used."""
-    files = {stored.file for stored in checkpoint.stored.values() if stored.pickled is None}
-    opened = {file: _open(file) for file in files}
-    weights = {}
-    for name, stored in checkpoint.stored.items():
-        if name.endswith("_scale_inv"):
-            continue
-        if stored.dtype.startswith("float8"):
-            weights[name] = mx.array(checkpoint.tensor(name)).astype(mx.bfloat16)
-        elif stored.pickled is not None or opened[stored.file] is None:
-            weights[name] = _from_numpy(checkpoint.read(name))
-        elif stored.name == PUBLISHED_COLUMNS:
-            value = opened[stored.file][stored.name]
-            weights[name] = held_columns(value, checkpoint.config.streams)
-        else:
-            weights[name] = opened[stored.file][stored.name]
-    return weights
 
 
 def open_models(
@@ -168,7 +142,7 @@ def open_models(
     """
     found = find_adapters(folder, adapters)
     if streams:
-        found = {n: _pick(found, n) for n in streams}
+        found = {n: pick_adapter(found, n) for n in streams}
     backbone, config = load_model(folder, lazy=parallel is not None, dequantize=dequantize)
     models = {}
     for count, adapter in sorted(found.items()):
@@ -202,70 +176,6 @@ def load_draft(path_or_name: str | Path, tokenizer: TokenizerWrapper) -> Model:
     return draft
 
 
-def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
-    """The tokenizer in a model's folder.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-        ValueError: it cannot be read, or only by running code from the folder.
-    """
-    if not any(folder.glob("tokenizer*")):
-        raise FileNotFoundError(f"{folder}: no tokenizer files (tokenizer.json) in this folder")
-    bound_templates()
-    # transformers warns of every model_type it has no class for; only its tokenizer is wanted here.
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        tokenizer = mlx_lm_utils.load_tokenizer(
-            folder, {"trust_remote_code": False}, eos_token_ids=end_tokens(folder)
-        )
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {_one_line(error)}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    check_vocabulary(folder, tokenizer, config["vocab_size"])
-    return tokenizer
-
-
-def find_adapter(folder: Path, adapters: Sequence[Path], streams: int | None) -> Path | None:
-    """Of the stream adapters over a model, the one with as many streams as are wanted.
-
-    Args:
-        folder, adapters: as for ``find_adapters``.
-        streams: None for the most that there are; 1 for the model without streams.
-
-    Returns:
-        The adapter's folder, or None for the model as it is.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``find_adapters``; or neither the model nor an adapter
-            has as many streams as are wanted.
-    """
-    found = find_adapters(folder, adapters)
-    return _pick(found, max(found) if streams is None else streams)
-
-
-def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | None]:
-    """The stream adapters over a model by their number of streams, and None for the model's own.
-
-    Args:
-        folder: the model's.
-        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
-
-    Raises:
-        FileNotFoundError: a folder is not there.
-        ValueError: one is not a stream adapter, or two have equally many streams.
-    """
-    found: dict[int, Path | None] = {read_config(folder).streams: None}
-    for adapter in adapter_folders(folder, adapters):
-        n = read_adapter(adapter).streams
-        # A prefix for one stream takes the place of the model without any.
-        if n in found and (found[n] is not None or n > 1):
-            raise ValueError(f"{found[n] or folder} and {adapter} both have {n} streams")
-        found[n] = adapter
-    return found
-
-
 def identity(folder: Path, adapter: str | Path | None = None) -> dict[str, str]:
     """What must not differ between processes that share a model, for ``ranks.check_same``.
 
@@ -293,43 +203,5 @@ def _warm_up(model: Model, name: object) -> None:
     check_logits(model, name)
 
 
-def _pick(found: dict[int, Path | None], streams: int) -> Path | None:
-    if streams not in found:
-        there = ", ".join(map(str, sorted(found)))
-        raise ValueError(f"no model or adapter here has {streams} streams, only {there}")
-    return found[streams]
-
-
-def _quantize(model: Model, checkpoint: Checkpoint) -> None:
-    """Put quantised layers where the checkpoint holds them, in place."""
-
-    def settings(path: str, module: nn.Module) -> dict | bool:
-        if not checkpoint.is_quantized(f"{path}.weight"):
-            return False
-        mode, group_size, bits = mlx_quantized.settings(checkpoint.quantization, path)
-        return {"group_size": group_size, "bits": bits, "mode": mode}
-
-    nn.quantize(model, class_predicate=settings)
-
-
-def _open(file: Path) -> Any:
-    """The arrays of a safetensors file; None where it holds one of a type that MLX has not."""
-    try:
-        return mx.load(str(file))
-    except RuntimeError:
-        return None
-
-
-def _from_numpy(value: np.ndarray) -> mx.array:
-    if value.dtype == np.dtype("bfloat16"):  # MLX takes no such array from numpy: move its bits
-        return mx.array(value.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(value)
-
-
 def _default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.cpu else None
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

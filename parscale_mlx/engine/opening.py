@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from parscale_mlx.engine.engine import MlxEngine
-from parscale_mlx.load import find_adapters, identity, load_draft, open_models
+from parscale_mlx.load import identity, load_draft, open_models
 from parscale_mlx.parallel.ranks import broadcast, check_same, join
 
 import mlx.core as mx
 import psutil
+from parscale_core.checkpoint.adapter import find_adapters
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.packaged import DEFAULT

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from parscale_mlx.load import load_tokenizer
+from parscale_mlx.tokenizer import load_tokenizer
 from parscale_mlx.training.batches import bound, pack, split
 from parscale_mlx.training.documents import Document, read_documents, valid_beside
 from parscale_mlx.training.settings import TrainSettings

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import parscale_mlx
-from parscale_mlx.load import load_tokenizer
+from parscale_mlx.tokenizer import load_tokenizer
 from parscale_mlx.training.batches import make_batch
 from parscale_mlx.training.documents import Document, read_documents
 from parscale_mlx.training.step import summed_loss

@@ -43,7 +43,7 @@ def run(parscale, *arguments) -> dict:
 
 def test_perplexities_are_those_of_whole_texts(parscale, backbone, adapter, file, texts):
     model, _ = load_model(backbone)
-    from parscale_mlx.load import load_tokenizer
+    from parscale_mlx.tokenizer import load_tokenizer
 
     from parscale_core.checkpoint.config import read_config
 

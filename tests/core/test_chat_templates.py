@@ -56,7 +56,7 @@ for options in {OPTIONS!r}:
 
 @pytest.fixture(scope="module")
 def render():
-    from parscale_core.checkpoint.chat import bound_templates
+    from parscale_core.checkpoint.chat_template import bound_templates
 
     bound_templates()
     backend = Tokenizer(models.BPE({"a": 0}, []))

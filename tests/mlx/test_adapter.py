@@ -8,14 +8,13 @@ from parscale_mlx import generate, load, load_adapter, load_model, with_streams
 from parscale_mlx.adapter import Adapter, save_adapter
 from parscale_mlx.convert import convert
 from parscale_mlx.fuse import fuse
-from parscale_mlx.load import find_adapter
 from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers.golden_cases import GOLDEN, TOLERANCE, difference, load_golden
-from parscale_core.checkpoint.adapter import fingerprint
+from parscale_core.checkpoint.adapter import find_adapters, fingerprint, pick_adapter
 from safetensors.numpy import load_file, save_file
 
 PUBLISHED = "ParScale/ParScale-1.8B-P8"
@@ -249,20 +248,20 @@ def test_finding_an_adapter_by_its_streams(parts, tmp_path):
     backbone, four = parts
     (tmp_path / "two").mkdir()
     _, two = split("p2-tied-sharded", tmp_path / "two")
-    assert find_adapter(backbone, [], None) is None
-    assert find_adapter(backbone, [two, four], None) == four
-    assert find_adapter(backbone, [two, four], 2) == two
-    assert find_adapter(backbone, [two, four], 1) is None
-    assert find_adapter(GOLDEN / "p4", [], 4) is None
+    assert pick_adapter(find_adapters(backbone, []), None) is None
+    assert pick_adapter(find_adapters(backbone, [two, four]), None) == four
+    assert pick_adapter(find_adapters(backbone, [two, four]), 2) == two
+    assert pick_adapter(find_adapters(backbone, [two, four]), 1) is None
+    assert pick_adapter(find_adapters(GOLDEN / "p4", []), 4) is None
     with pytest.raises(ValueError, match="8 streams, only 1, 2, 4"):
-        find_adapter(backbone, [two, four], 8)
+        pick_adapter(find_adapters(backbone, [two, four]), 8)
     with pytest.raises(ValueError, match="8 streams, only 4"):
-        find_adapter(GOLDEN / "p4", [], 8)
+        pick_adapter(find_adapters(GOLDEN / "p4", []), 8)
     with pytest.raises(ValueError, match="both have 4 streams"):
-        find_adapter(backbone, [four, four], None)
+        pick_adapter(find_adapters(backbone, [four, four]), None)
     own = backbone / "adapters" / "p4"
     shutil.copytree(four, own)
-    assert find_adapter(backbone, [], 4) == own
+    assert pick_adapter(find_adapters(backbone, []), 4) == own
 
 
 def test_fusing_gives_the_golden_checkpoint_back(p4_split, tmp_path):

@@ -7,7 +7,7 @@ from parscale_mlx.adapter import load_adapter, save_adapter, take_streams, with_
 from parscale_mlx.convert import convert
 from parscale_mlx.fuse import fuse
 from parscale_mlx.graft import graft, grafted_config, make_prefixes
-from parscale_mlx.load import find_adapters, load_model
+from parscale_mlx.load import load_model
 from parscale_mlx.training import TrainSettings, train
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from helpers.training_files import write_model
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen2
 from mlx_lm.models.cache import make_prompt_cache
-from parscale_core.checkpoint.adapter import fingerprint
+from parscale_core.checkpoint.adapter import find_adapters, fingerprint
 from parscale_core.checkpoint.config import ModelConfig
 
 PREFIX = 7

@@ -349,7 +349,7 @@ def test_learning_rate_rises_and_falls(settings, tmp_path):
 
 
 def read(paths, folder, **options):
-    from parscale_mlx.load import load_tokenizer
+    from parscale_mlx.tokenizer import load_tokenizer
     from parscale_mlx.training.documents import read_documents
 
     from parscale_core.checkpoint.config import read_config

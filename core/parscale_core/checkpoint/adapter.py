@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parscale_core.checkpoint.config import check_streams, read_json
+from parscale_core.checkpoint.config import check_streams, read_config, read_json
 from parscale_core.checkpoint.links import check_link
 from parscale_core.checkpoint.names import is_stream_tensor
 from parscale_core.checkpoint.weight_files import Entry, find_safetensors, read_headers
@@ -115,6 +115,47 @@ def write_adapter_config(
 def adapter_folders(model: Path, given: Sequence[str | Path]) -> list[Path]:
     """The adapters over a model: those given, or else those in its own folder ``adapters``."""
     return [Path(path).expanduser() for path in given] or sorted((model / "adapters").glob("*/"))
+
+
+def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | None]:
+    """The stream adapters over a model by their number of streams, and None for the model's own.
+
+    Args:
+        folder: the model's.
+        adapters: folders; with none, those that came with the model, in its folder ``adapters``.
+
+    Raises:
+        FileNotFoundError: a folder is not there.
+        ValueError: one is not a stream adapter, or two have equally many streams.
+    """
+    found: dict[int, Path | None] = {read_config(folder).streams: None}
+    for adapter in adapter_folders(folder, adapters):
+        n = read_adapter(adapter).streams
+        # A prefix for one stream takes the place of the model without any.
+        if n in found and (found[n] is not None or n > 1):
+            raise ValueError(f"{found[n] or folder} and {adapter} both have {n} streams")
+        found[n] = adapter
+    return found
+
+
+def pick_adapter(found: Mapping[int, Path | None], streams: int | None) -> Path | None:
+    """Of what ``find_adapters`` found, the adapter with as many streams as are wanted.
+
+    Args:
+        streams: None for the most that there are.
+
+    Returns:
+        The adapter's folder, or None for the model as it is.
+
+    Raises:
+        ValueError: neither the model nor an adapter has so many.
+    """
+    if streams is None:
+        streams = max(found)
+    if streams not in found:
+        there = ", ".join(map(str, sorted(found)))
+        raise ValueError(f"no model or adapter here has {streams} streams, only {there}")
+    return found[streams]
 
 
 def fingerprint(folder: Path) -> str:

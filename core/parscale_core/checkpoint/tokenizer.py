@@ -97,7 +97,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     import transformers
 
-    from parscale_core.checkpoint.chat import bound_templates
+    from parscale_core.checkpoint.chat_template import bound_templates
 
     bound_templates()
     # transformers warns of every model_type it has no class for; only its tokenizer is wanted here.
