@@ -101,7 +101,7 @@ def load_model(
     model.load_weights(list(read_weights(checkpoint).items()))
     # model_file names Python code in the folder for mlx-lm to run.
     config = {k: v for k, v in checkpoint.config.raw.items() if k != "model_file"}
-    if checkpoint.blocks is not None:
+    if checkpoint.blocks or checkpoint.packing:
         del config["quantization_config"]
     if dequantize:
         mlx_lm_utils.dequantize_model(model)

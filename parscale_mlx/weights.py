@@ -19,8 +19,8 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
     for name, stored in checkpoint.stored.items():
         if name.endswith("_scale_inv"):
             continue
-        if stored.dtype.startswith("float8"):
-            weights[name] = mx.array(checkpoint.tensor(name)).astype(mx.bfloat16)
+        if decoded := checkpoint.decoded_type(name):
+            weights[name] = mx.array(checkpoint.tensor(name)).astype(getattr(mx, decoded))
         elif stored.pickled is not None or opened[stored.file] is None:
             weights[name] = _from_numpy(checkpoint.read(name))
         elif stored.name == PUBLISHED_COLUMNS:

@@ -7,6 +7,7 @@ import warnings
 import parscale_mlx
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from helpers.made_folders import expected, make, tokens
@@ -261,6 +262,102 @@ def test_float8_in_blocks(copy, made, tmp_path):
     assert np.abs(OnnxModel(exported).logits(IDS) - reference).max() < 2e-4
 
 
+def packed(held, method, bits=4, group_size=16, shuffled=False):
+    """Pack a model's layers as AWQ's or GPTQ's tools do; the numbers that they then stand for."""
+    random, plain = np.random.default_rng(0), dict(held)
+    for name in [name for name in held if name.endswith("_proj.weight")]:
+        rows, columns = held[name].shape
+        module, groups = name.removesuffix(".weight"), columns // group_size
+        codes = random.integers(0, 2**bits, (rows, columns))
+        zeros = random.integers(1, 2**bits, (rows, groups))
+        scales = (0.03 * random.random((rows, groups)) + 0.01).astype(np.float16)
+        index = np.arange(columns) // group_size
+        if shuffled:
+            random.shuffle(index)
+        del held[name]
+        plain[name] = ((codes - zeros[:, index]) * scales.astype(np.float32)[:, index]).astype("f4")
+        if method == "awq":
+            held[f"{module}.qweight"], held[f"{module}.qzeros"] = awq_words(codes), awq_words(zeros)
+        else:
+            held[f"{module}.qweight"] = words(codes, bits).T
+            held[f"{module}.qzeros"] = words(zeros.T - 1, bits)
+            held[f"{module}.g_idx"] = index.astype(np.int32)
+            held.setdefault(f"{module}.bias", np.zeros(rows, np.float16))
+        held[f"{module}.scales"] = scales.T
+    return plain
+
+
+def words(codes, bits, order=None):
+    """int32 words along the last axis, the first code in the lowest bits."""
+    many = 32 // bits
+    order = order or range(many)
+    out = np.zeros((*codes.shape[:-1], codes.shape[-1] // many), np.uint32)
+    for place, n in enumerate(order):
+        out |= codes[..., n::many].astype(np.uint32) << np.uint32(bits * place)
+    return out.view(np.int32)
+
+
+def awq_words(codes):
+    return words(codes.T, 4, order=[0, 2, 4, 6, 1, 3, 5, 7])
+
+
+def save_packed(folder, held):
+    save_file({k: np.ascontiguousarray(v) for k, v in held.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+
+
+PACKINGS = {
+    "awq": ("awq", 4, False), "gptq of 4 bits": ("gptq", 4, False),
+    "gptq of 8 bits": ("gptq", 8, False), "gptq in another order": ("gptq", 4, True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_packed_codes(copy, made, tmp_path, kind):
+    method, bits, shuffled = PACKINGS[kind]
+    folder, held = copy("qwen2"), load_file(made("qwen2") / "model.safetensors")
+    plain = packed(held, method, bits, shuffled=shuffled)
+    save_packed(folder, held)
+    change(folder, quantization_config={"quant_method": method, "bits": bits, "group_size": 16})
+    unpacked = shutil.copytree(made("qwen2"), tmp_path / "plain")
+    save_file(plain, unpacked / "model.safetensors", metadata={"format": "pt"})
+    reference = expected(unpacked, IDS)
+    # Held as float16, as the scales are.
+    assert np.abs(mlx_logits(folder) - reference).max() < 0.004 * np.abs(reference).max()
+    exported = export_onnx(folder, tmp_path / "out", all_logits=True)
+    assert np.abs(OnnxModel(exported).logits(IDS) - reference).max() < 2e-4
+
+
+def test_awq_is_read_as_mlx_lm_reads_it(copy, made):
+    folder, held = copy(), load_file(made() / "model.safetensors")
+    packed(held, "awq", group_size=32)
+    save_packed(folder, held)
+    change(folder, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 32})
+    theirs, _ = mlx_lm.utils.load_model(folder)
+    reference = np.array(theirs(mx.array([IDS])).astype(mx.float32)[0])
+    assert np.abs(mlx_logits(folder) - reference).max() < 0.01 * np.abs(reference).max()
+
+
+def pack_folder(method, spoil):
+    def edit(folder):
+        held = load_file(folder / "model.safetensors")
+        packed(held, method)
+        change(folder, quantization_config={"quant_method": method, "bits": 4, "group_size": 16})
+        spoil(held, "model.layers.0.mlp.gate_proj")
+        save_packed(folder, held)
+
+    return edit
+
+
+awq_without_zeros = pack_folder("awq", lambda held, name: held.pop(f"{name}.qzeros"))
+awq_of_other_groups = pack_folder(
+    "awq", lambda held, name: held.update({f"{name}.qzeros": held[f"{name}.qzeros"][:2]})
+)
+gptq_in_no_group = pack_folder(
+    "gptq", lambda held, name: held.update({f"{name}.g_idx": held[f"{name}.g_idx"] + 1})
+)
+
+
 def quantised(method, **more):
     return lambda folder: change(folder, quantization_config={"quant_method": method, **more})
 
@@ -304,8 +401,16 @@ def fields(**values):
 
 
 REFUSED = {
-    "gptq": (quantised("gptq", bits=4), "quantised with 'gptq'"),
-    "awq": (quantised("awq", bits=4), "quantised with 'awq'"),
+    "gptq of three bits": (quantised("gptq", bits=3, group_size=16), "gptq with bits 3"),
+    "gptq by marlin": (
+        quantised("gptq", bits=4, group_size=16, checkpoint_format="marlin"),
+        "gptq with checkpoint_format 'marlin'",
+    ),
+    "gptq of no group": (quantised("gptq", bits=4), "gptq: group_size None is not"),
+    "awq by gemv": (quantised("awq", bits=4, group_size=16, version="gemv"), "awq with version"),
+    "awq without zeros": (awq_without_zeros, "gate_proj is packed, and lacks its qzeros"),
+    "awq of other groups": (awq_of_other_groups, "gate_proj.qzeros is int32 [2, 12], where awq"),
+    "gptq in no group": (gptq_in_no_group, "gate_proj.weight: g_idx names groups outside the 4"),
     "bitsandbytes": (quantised("bitsandbytes", load_in_4bit=True), "quantised with 'bitsandbytes'"),
     "fp8 of whole tensors": (quantised("fp8"), "quantised with 'fp8'"),
     "quantization of a kind": (fields(quantization=[4]), "quantization is [4]"),

@@ -142,7 +142,7 @@ def _difference(whole: Checkpoint, plain: Checkpoint, name: str) -> float:
 def _blocks(checkpoint: Checkpoint, name: str) -> Iterator[np.ndarray]:
     rows = checkpoint.shape(name)[0]
     step = max(1, BLOCK * rows // int(np.prod(checkpoint.shape(name))))
-    if checkpoint.is_quantized(name):
+    if checkpoint.is_quantized(name) or checkpoint.decoded_type(name):
         whole = checkpoint.tensor(name)
         yield from (whole[start : start + step] for start in range(0, rows, step))
         return

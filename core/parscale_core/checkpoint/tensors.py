@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import safe_open
 
 from parscale_core.checkpoint import adapter as adapters
-from parscale_core.checkpoint import float8, mlx_quantized
+from parscale_core.checkpoint import float8, mlx_quantized, packed_codes
 from parscale_core.checkpoint.adapter import AdapterFolder
 from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_core.checkpoint.folder import find_folder
@@ -25,6 +25,7 @@ from parscale_core.checkpoint.names import (
     held_name,
     is_prefix,
 )
+from parscale_core.checkpoint.packed_codes import Packing, read_packing
 from parscale_core.checkpoint.pickles import read_pickle, to_numpy, type_name
 from parscale_core.checkpoint.weight_files import (
     DTYPES,
@@ -70,6 +71,7 @@ class Checkpoint:
         config: its ``config.json``, with the adapter's streams.
         quantization: MLX's quantisation, as ``config.json`` has it; may be empty.
         blocks: rows and columns that share a scale in float8 weights, if they are such.
+        packing: how AWQ or GPTQ packed the weights, if one did.
         stored: where each tensor lies, by its name in memory.
 
     Raises:
@@ -83,9 +85,12 @@ class Checkpoint:
         self.folder, self.adapter = find_folder(folder), adapter
         self.config = read_config(self.folder)
         file = self.folder / "config.json"
-        self.quantization, self.blocks = _quantization(self.config.raw, file)
+        self.quantization, self.blocks, self.packing = _quantization(self.config.raw, file)
         self.stored: dict[str, Stored] = {}
+        self._packed: dict[str, dict[str, Stored]] = {}  # the parts of a weight, by its name
         self._open_files()
+        if self.packing is not None:
+            self._join_parts(self.packing)
         if adapter is not None:
             self._add_streams(adapter)
         self._check()
@@ -105,6 +110,9 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, dequantised."""
         shape, module = self.stored[name].shape, name.removesuffix(".weight")
+        if name in self._packed:
+            assert self.packing is not None
+            return self.packing.shape(shape)
         if not self.is_quantized(name):
             return shape
         if not self.quantization:
@@ -130,10 +138,22 @@ class Checkpoint:
         """Whether MLX quantised the tensor of this name, a module's ``weight``."""
         return name.endswith(".weight") and f"{name.removesuffix('.weight')}.scales" in self
 
+    def decoded_type(self, name: str) -> str | None:
+        """The type to hold a tensor in that is not stored as numbers, nor as MLX would have it."""
+        if name in self._packed:
+            return self._packed[name]["scales"].dtype
+        return "bfloat16" if f"{name}_scale_inv" in self else None
+
     def tensor(self, name: str) -> np.ndarray:
         """One tensor, dequantised to float32 where it is quantised, else as stored."""
         if f"{name}_scale_inv" in self:
             return float8.dequantize(self.read(name), self.read(f"{name}_scale_inv"), self.blocks)
+        if self.packing is not None and name in self._packed:
+            parts = {part: self._read(stored) for part, stored in self._packed[name].items()}
+            try:
+                return packed_codes.dequantize(self.packing, parts)
+            except ValueError as error:
+                raise ValueError(f"{self.stored[name].file}: {name}: {error}") from error
         if not self.is_quantized(name):
             return self.read(name)
         module = name.removesuffix(".weight")
@@ -149,7 +169,9 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as stored, but for the order of the aggregator's columns."""
-        stored = self.stored[name]
+        return self._read(self.stored[name])
+
+    def _read(self, stored: Stored) -> np.ndarray:
         if stored.pickled is not None:
             value = to_numpy(stored.pickled)
         elif stored.dtype.startswith("float8"):  # numpy has none of its own
@@ -182,6 +204,40 @@ class Checkpoint:
             for name, tensor in read_pickle(file).items():
                 self._add(
                     Stored(file, name, tuple(tensor.shape), type_name(tensor), pickled=tensor)
+                )
+
+    def _join_parts(self, packing: Packing) -> None:
+        """Put each packed weight under its name, its parts out of the way of other tensors."""
+        for codes in [name for name in self.stored if name.endswith(".qweight")]:
+            module = codes.removesuffix(".qweight")
+            parts = {
+                part: self.stored.pop(f"{module}.{part}")
+                for part in packed_codes.PARTS
+                if f"{module}.{part}" in self.stored
+            }
+            self._check_parts(module, packing, parts)
+            self.stored[f"{module}.weight"] = parts["qweight"]
+            self._packed[f"{module}.weight"] = parts
+
+    def _check_parts(self, module: str, packing: Packing, parts: dict[str, Stored]) -> None:
+        codes = parts["qweight"]
+        if codes.pickled is not None:
+            raise ValueError(f"{codes.file}: {packing.method} in a PyTorch pickle is not supported")
+        if len(codes.shape) != 2:
+            raise ValueError(f"{codes.file}: {module}.qweight has {len(codes.shape)} axes, not 2")
+        wanted = packing.part_shapes(codes.shape) | {"qweight": codes.shape}
+        for part, shape in wanted.items():
+            found = parts.get(part)
+            if found is None and part == "g_idx":
+                continue
+            if found is None:
+                raise ValueError(f"{codes.file}: {module} is packed, and lacks its {part}")
+            types = ("float16", "bfloat16", "float32") if part == "scales" else ("int32",)
+            if found.shape != shape or found.dtype not in types:
+                raise ValueError(
+                    f"{found.file}: {module}.{part} is {found.dtype} {list(found.shape)}, where "
+                    f"{packing.method} in groups of {packing.group_size} has {types[0]} "
+                    f"{list(shape)}"
                 )
 
     def _add_safetensors(self, entries: dict[str, Entry]) -> None:
@@ -266,7 +322,7 @@ class Checkpoint:
 
     def _check_type(self, name: str) -> None:
         stored = self.stored[name]
-        quantised = self.is_quantized(name) or f"{name}_scale_inv" in self
+        quantised = self.is_quantized(name) or self.decoded_type(name)
         if not quantised and stored.dtype not in FLOATS:
             raise ValueError(
                 f"{stored.file}: {name} is {stored.dtype}, and config.json names no quantization "
@@ -287,6 +343,9 @@ class Checkpoint:
                 continue
             if self.blocks and name.removesuffix("_scale_inv") in expected:
                 continue
+            if part == "bias" and f"{module}.weight" in self._packed and not self.read(name).any():
+                del self.stored[name]  # AutoGPTQ writes one to each layer
+                continue
             if not name.endswith("rotary_emb.inv_freq"):  # computed, in old checkpoints also saved
                 raise ValueError(f"{self.stored[name].file}: the model has no place for {name}")
             del self.stored[name]
@@ -301,8 +360,10 @@ def _misshapen(
     return f"{file}: {name} has shape {list(found)}, where config.json asks for {list(shape)}"
 
 
-def _quantization(raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """MLX's quantisation, and the blocks that share a scale in float8 weights, if it is either."""
+def _quantization(
+    raw: dict[str, Any], file: Path
+) -> tuple[dict[str, Any], tuple[int, int] | None, Packing | None]:
+    """MLX's quantisation, float8's blocks that share a scale, or a packing: one of them at most."""
     for name in ("quantization", "quantization_config"):
         settings = raw.get(name)
         if settings is not None and not isinstance(settings, dict):
@@ -311,11 +372,16 @@ def _quantization(raw: dict[str, Any], file: Path) -> tuple[dict[str, Any], tupl
         raise ValueError(f"{file}: quantize_activations true is not supported")
     theirs = raw.get("quantization_config") or {}
     if raw.get("quantization") or "quant_method" not in theirs:
-        return raw.get("quantization") or theirs, None
+        return raw.get("quantization") or theirs, None, None
     method, blocks = theirs["quant_method"], theirs.get("weight_block_size")
     if method == "fp8" and isinstance(blocks, list) and [n > 0 for n in blocks] == [True, True]:
-        return {}, (blocks[0], blocks[1])
+        return {}, (blocks[0], blocks[1]), None
+    if method in ("awq", "gptq"):
+        try:
+            return {}, None, read_packing(theirs)
+        except ValueError as error:
+            raise ValueError(f"{file}: quantization_config: {error}") from error
     raise ValueError(
-        f"{file}: weights quantised with {method!r} cannot be read (MLX's quantisation and fp8 in "
-        "blocks can); use the model before it was quantised"
+        f"{file}: weights quantised with {method!r} cannot be read (MLX's quantisation, AWQ, GPTQ "
+        "and fp8 in blocks can); use the model before it was quantised"
     )
