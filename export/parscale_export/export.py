@@ -285,6 +285,8 @@ def _write_models(
         steps: write, for each, a graph of single steps over the same data besides.
     """
     models = [build(checkpoint, options, smoothing) for checkpoint in checkpoints]
+    for model in models:
+        _compute_small_weights(model)
     base, done, hashes = models[0], 0, dict[str, str]()
     total = sum(len(_own_weights(model, base)) for model in models)
 
@@ -321,6 +323,13 @@ def _write_models(
             file = step_file(file)
             ir.save(step, file)
             onnx.checker.check_model(str(file), full_check=True)
+
+
+def _compute_small_weights(model: ir.Model) -> None:
+    # What is wrong with one of them is said as it is, not as an error of the file's writer.
+    for value in model.graph.initializers.values():
+        if (tensor := _tensor(value)).nbytes <= LARGE:
+            tensor.numpy()
 
 
 def _own_weights(model: ir.Model, base: ir.Model) -> list[ir.Value]:

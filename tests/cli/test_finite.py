@@ -35,6 +35,14 @@ def large(model, tmp_path):
     return spoilt(model, "model.safetensors", UP, 1e5)(tmp_path / "large")
 
 
+def test_a_small_weight_with_nan(parscale, model, tmp_path):
+    broken = spoilt(model, "model.safetensors", "model.norm.weight", np.nan)(tmp_path / "broken")
+    failed = parscale("export-onnx", "--model", broken, "-o", tmp_path / "out")
+    assert failed.exit_code == 1
+    assert "model.norm.weight has NaN or infinity" in error_line(failed)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "command",
     [

@@ -430,6 +430,8 @@ REFUSED = {
     "10^9 intermediate": (fields(intermediate_size=10**9), "gate_proj.weight has shape [96, 64]"),
     "a size of text": (fields(vocab_size="96"), "vocab_size is '96'"),
     "a flag of text": (fields(tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
+    "an epsilon of 0": (fields(rms_norm_eps=0.0), "rms_norm_eps is 0.0, where a number above 0"),
+    "types of one layer": (fields(layer_types=["full_attention"]), "layer_types are 1, and num_"),
     "sliding": (fields(layer_types=["sliding_attention"] * 2), "layer_types"),
     "cut short": (cut, "model.safetensors: not a whole safetensors file"),
     "config elsewhere": (outside("config.json"), "config.json: a link out of the model's folder"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from parscale_core.checkpoint.links import check_link
-from parscale_core.checkpoint.rope import Rope, finite
+from parscale_core.checkpoint.rope import Rope, finite, positive
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral", "smollm3", "granite")
 MODEL_TYPES = tuple(name for family in FAMILIES for name in (family, f"{family}_parscale"))
@@ -80,7 +80,7 @@ class ModelConfig:
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
-        if raw.get("hidden_act", "silu") != "silu":
+        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported, only 'silu'")
         if _flag(raw, "use_sliding_window"):
             raise ValueError("use_sliding_window true is not supported, only full attention")
@@ -89,6 +89,11 @@ class ModelConfig:
             not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
         ):
             raise ValueError("layer_types other than full_attention are not supported")
+        if kinds is not None and len(kinds) != raw.get("num_hidden_layers"):
+            raise ValueError(
+                f"layer_types are {len(kinds)}, and num_hidden_layers is "
+                f"{raw.get('num_hidden_layers')}"
+            )
         family = family_of(model_type)
         is_qwen2 = family == "qwen2"
         # Qwen2 has biases on its queries, keys and values whatever config.json says.
@@ -125,7 +130,7 @@ class ModelConfig:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=_positive(raw, "vocab_size"),
-            rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+            rms_norm_eps=positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
             max_position_embeddings=context,
             rope=Rope.from_config(filled, head_dim=head_dim, context=context),
             rope_traditional=_flag(raw, "rope_traditional"),

@@ -93,7 +93,7 @@ class Rope:
         }
         # Where a config.json has it outside, that one counts.
         keys[_ORIGINAL] = raw.get(_ORIGINAL) or scaling.get(_ORIGINAL) or context
-        rope = cls(kind, _number("rope_theta", theta, above=1), head_dim, context, keys)
+        rope = cls(kind, positive("rope_theta", theta, above=1), head_dim, context, keys)
         rope.rotation()  # so that it is computed before anything else is
         return rope
 
@@ -171,7 +171,7 @@ class Rope:
         values, count = self.keys[name], self.head_dim // 2
         if not isinstance(values, list) or len(values) != count:
             raise ValueError(f"{name} is not a list of {count} numbers, one a pair of dimensions")
-        return np.array([_number(name, value, above=0) for value in values])
+        return np.array([positive(name, value, above=0) for value in values])
 
     def _get(self, name: str, default: float | None = None) -> float:
         value = self.keys.get(name)
@@ -179,7 +179,7 @@ class Rope:
             value = default  # as transformers: 0 stands for the default
         elif value is None:
             value = default
-        return _number(name, value, above=0)
+        return positive(name, value, above=0)
 
 
 def rotate(x: np.ndarray, angles: np.ndarray, *, interleaved: bool) -> np.ndarray:
@@ -207,7 +207,8 @@ def finite(name: str, value: Any) -> float:
     raise ValueError(f"{name} is {value!r}, where a number is needed")
 
 
-def _number(name: str, value: Any, *, above: float) -> float:
+def positive(name: str, value: Any, *, above: float = 0) -> float:
+    """The same of a field whose number must be above ``above``."""
     number = finite(name, value)
     if number <= above:
         raise ValueError(f"{name} is {value!r}, where a number above {above} is needed")
