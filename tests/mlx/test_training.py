@@ -112,7 +112,7 @@ def torch_loss(weights: dict, args: ModelConfig):
     d, heads, kv, dim = args.hidden_size, args.num_attention_heads, args.num_key_value_heads, 8
     ids, counts = torch.tensor(IDS), torch.tensor(COUNTS)
     L = ids.shape[1] - 1
-    angles = torch.arange(L)[:, None] * args.rope_theta ** (-torch.arange(0, dim, 2) / dim)
+    angles = torch.arange(L)[:, None] * args.rope.theta ** (-torch.arange(0, dim, 2) / dim)
 
     def rotate(x):
         a, b = x[..., : dim // 2], x[..., dim // 2 :]

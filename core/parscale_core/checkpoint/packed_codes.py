@@ -69,7 +69,7 @@ def read_packing(settings: dict[str, Any]) -> Packing:
             f"{method}: group_size {group_size!r} is not a positive whole number or -1"
         )
     is_first = method == "gptq" and settings.get("checkpoint_format", "gptq") == "gptq"
-    return Packing(str(method), int(bits), group_size, int(is_first))
+    return Packing(str(method), int(settings["bits"]), group_size, int(is_first))
 
 
 def dequantize(packing: Packing, parts: dict[str, np.ndarray]) -> np.ndarray:
