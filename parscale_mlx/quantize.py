@@ -183,7 +183,7 @@ def _distil(model: Model, teacher: Model, windows: list[list[int]]) -> None:
     """Learn scales and biases so that the logits become the teacher's (mlx-lm's DWQ)."""
     model.freeze()  # DWQ takes the frozen scales and biases up again, and nothing else
     data = [(window, 0) for window in windows]
-    with _quiet():
+    with _quiet(), _dequantised(model):
         dwq_quantize(
             model,
             lambda batch, index, split: teacher(batch),
@@ -196,6 +196,41 @@ def _distil(model: Model, teacher: Model, windows: list[list[int]]) -> None:
             dtype=model.model.norm.weight.dtype,
         )
     model.eval()
+
+
+class _DequantisedLinear(nn.QuantizedLinear):
+    def __call__(self, x):
+        x = x @ _weight(self).T
+        return x + self["bias"] if "bias" in self else x
+
+
+class _DequantisedEmbedding(nn.QuantizedEmbedding):
+    def as_linear(self, x):
+        return x @ _weight(self).T
+
+
+def _weight(module: Any) -> mx.array:
+    return mx.dequantize(
+        module["weight"], module["scales"], module["biases"], module.group_size, module.bits
+    )
+
+
+@contextmanager
+def _dequantised(model: Model) -> Iterator[None]:
+    """Compute with dequantised weights on a CPU, for which MLX has no fast quantised product."""
+    classes: dict[Any, type] = {
+        nn.QuantizedLinear: _DequantisedLinear,
+        nn.QuantizedEmbedding: _DequantisedEmbedding,
+    }
+    modules: list[Any] = model.modules() if mx.default_device() == mx.cpu else []
+    found = [(module, type(module)) for module in modules if type(module) in classes]
+    for module, kind in found:
+        module.__class__ = classes[kind]
+    try:
+        yield
+    finally:
+        for module, kind in found:
+            module.__class__ = kind
 
 
 @contextmanager
