@@ -267,9 +267,17 @@ def test_finding_an_adapter_by_its_streams(parts, tmp_path):
 def test_fusing_gives_the_golden_checkpoint_back(p4_split, tmp_path):
     fuse(*p4_split, tmp_path / "fused")
     convert(tmp_path / "fused", tmp_path / "hf", to="hf")
-    golden, again = (load_file(f / "model.safetensors") for f in (GOLDEN / "p4", tmp_path / "hf"))
-    assert golden.keys() == again.keys()
-    assert all((golden[name] == again[name]).all() for name in golden)
+    fuse(*p4_split, tmp_path / "at once", to="hf")
+    golden = load_file(GOLDEN / "p4" / "model.safetensors")
+    for folder in (tmp_path / "hf", tmp_path / "at once"):
+        again = load_file(folder / "model.safetensors")
+        assert golden.keys() == again.keys()
+        assert all((golden[name] == again[name]).all() for name in golden)
+        # The classes are in the repository that is named; no code stands beside the weights.
+        published = json.loads((folder / "config.json").read_text())
+        assert published["auto_map"] == AUTO_MAP
+        assert published["architectures"] == ["Qwen2ParScaleForCausalLM"]
+        assert not list(folder.glob("*.py"))
     config = json.loads((tmp_path / "fused" / "config.json").read_text())
     original = json.loads((GOLDEN / "p4" / "config.json").read_text())
     named = {"architectures", "model_type"} | {k for k in original if k.startswith("parscale")}
