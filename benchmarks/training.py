@@ -14,12 +14,13 @@ import json
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import parscale_mlx  # before mlx: it loads a fast BLAS
 from parscale_mlx.graft import graft, grafted_config, make_prefixes
 from parscale_mlx.training.optimizer import make_optimizer
 from parscale_mlx.training.settings import TrainSettings
-from parscale_mlx.training.start import train_streams_only
+from parscale_mlx.training.start import Start, train_streams_only
 from parscale_mlx.training.step import make_step
 
 import mlx.core as mx
@@ -52,8 +53,9 @@ def make_side(config: dict, streams: int, frozen: bool, shape: tuple[int, int]) 
         train_streams_only(model, mx.float32)
     mx.eval(model.parameters())
     settings = TrainSettings(stage="streams", data=[], output="")
+    start = Start(model, config, Path())
     name = f"P={streams}, {'streams only' if frozen else 'whole model'}"
-    return Side(name, shape, model, make_step(model, make_optimizer(settings, model), 1.0))
+    return Side(name, shape, model, make_step(start, make_optimizer(settings, start), 1.0))
 
 
 def run_once(side: Side, vocabulary: int) -> None:

@@ -79,6 +79,14 @@ READABLE = click.Path(exists=True, file_okay=False, path_type=Path)
     help="Make the grafted prefixes from pieces of the training text, or at random.",
 )
 @click.option(
+    "--prefix-projection", is_flag=True,
+    help="Train a small MLP that makes the prefixes, as PEFT does; the adapter holds what it made.",
+)  # fmt: skip
+@click.option(
+    "--encoder-hidden-size", type=click.IntRange(1),
+    help="Size of that MLP's hidden layer.  [default: the model's hidden size]",
+)  # fmt: skip
+@click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",

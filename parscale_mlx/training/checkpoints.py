@@ -19,6 +19,7 @@ from parscale_core.checkpoint.tokenizer import copy_files
 from parscale_core.checkpoint.weight_files import find_safetensors
 
 FOLDER, STATE, OPTIMIZER = "checkpoints", "state.json", "optimizer.safetensors"
+ENCODER = "prefix_encoder.safetensors"
 
 
 @dataclass
@@ -66,6 +67,8 @@ def save_checkpoint(
         new = work / "checkpoint"
         write_result(new, start)
         _save(new / OPTIMIZER, dict(tree_flatten(optimizer.state)))
+        if start.encoder is not None:
+            _save(new / ENCODER, dict(tree_flatten(start.encoder.parameters())))
         (new / STATE).write_text(json.dumps(vars(position), indent=4), encoding="utf-8")
         _sync(new)
         # A run that went back to an earlier checkpoint comes by the later ones again.
@@ -87,10 +90,12 @@ def load_checkpoint(folder: Path, start: Start, optimizer: Optimizer) -> Positio
         else:
             adapter = load_adapter(folder)
             start.model.load_weights(list(adapter.weights.items()), strict=False)
+        if start.encoder is not None:
+            start.encoder.load_weights(list(_load(folder / ENCODER).items()))
         state = _load(folder / OPTIMIZER)
         optimizer.state = tree_unflatten(list(state.items()))
-        optimizer.init(start.model.trainable_parameters())
-        mx.eval(start.model.parameters(), optimizer.state)
+        optimizer.init(start.weights())
+        mx.eval(start.model.parameters(), start.weights(), optimizer.state)
         return Position(**json.loads((folder / STATE).read_text(encoding="utf-8")))
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}: not a checkpoint of this run: {error}") from error

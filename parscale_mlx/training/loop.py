@@ -116,7 +116,7 @@ def _prepare(settings: TrainSettings, folder: Path, checkpoint: Path | None) -> 
     source = start_folder(settings)
     data = read_data(settings, source)
     start = make_start(settings, source, data.train)
-    optimizer = make_optimizer(settings, start.model)
+    optimizer = make_optimizer(settings, start)
     position = Position(data=batches.fingerprint(data.train))
     data_parallel.check_same_data(position.data)
     if checkpoint is not None:
@@ -125,6 +125,8 @@ def _prepare(settings: TrainSettings, folder: Path, checkpoint: Path | None) -> 
             raise ValueError(f"{checkpoint}: the training data is not what it was")
         position = saved
     start.model.update(data_parallel.from_first(start.model.trainable_parameters()))
+    if start.encoder is not None:
+        start.encoder.update(data_parallel.from_first(start.encoder.parameters()))
     return Run(folder, settings, data, start, optimizer, position)
 
 
@@ -150,7 +152,7 @@ def _go_on(run: Run, progress: bool) -> TrainResult:
 def _loop(run: Run, bar: Progress, callback: TrainingCallback) -> TrainResult:
     settings, position, model = run.settings, run.position, run.start.model
     first = data_parallel.rank() == 0
-    step = make_step(model, run.optimizer, settings.clip)
+    step = make_step(run.start, run.optimizer, settings.clip)
     evaluate = make_evaluation(model, run.data.valid, settings.batch_size)
     if position.step == 0 and run.data.valid:
         position.valid_before = position.valid = _report_valid(evaluate, 0, callback)
@@ -224,7 +226,8 @@ def _report_valid(evaluate: Callable, step: int, callback: TrainingCallback) -> 
 
 def _check_finite(run: Run) -> None:
     # The last update may have overflowed, which the loss would only show at the next step.
-    weights = dict(tree_flatten(run.start.model.trainable_parameters())).values()
+    trained = (run.start.model.trainable_parameters(), run.start.weights())
+    weights = dict(tree_flatten(trained)).values()
     if not all(mx.all(mx.isfinite(a)).item() for a in weights):
         raise RuntimeError(
             f"step {run.position.step}: a weight is no finite number any more; {_last_good(run)}; "

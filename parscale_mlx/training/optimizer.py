@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from parscale_mlx.model import Model
+from parscale_mlx.training.prefix_encoder import NAME
 from parscale_mlx.training.settings import TrainSettings
+from parscale_mlx.training.start import Start
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -13,8 +14,8 @@ from parscale_core.checkpoint.names import is_prefix, is_stream_tensor
 BETAS = [0.9, 0.95]
 
 
-def make_optimizer(settings: TrainSettings, model: Model) -> optim.MultiOptimizer:
-    """The optimizer of a run, initialised for the model's trainable parameters.
+def make_optimizer(settings: TrainSettings, start: Start) -> optim.MultiOptimizer:
+    """The optimizer of a run, initialised for what it trains.
 
     Only matrices are decayed. Prefixes are not: one of zeros is no nearer to doing nothing.
     """
@@ -22,19 +23,19 @@ def make_optimizer(settings: TrainSettings, model: Model) -> optim.MultiOptimize
     aggregator_lr = streams_lr if settings.aggregator_lr is None else settings.aggregator_lr
     # A weight belongs to the first group that it fits.
     streams: list[tuple[Callable, float, float]] = [
-        (lambda name, w: is_prefix(name), streams_lr, 0.0),
-        (lambda name, w: is_stream_tensor(name) and _is_matrix(w), aggregator_lr, 1.0),
-        (lambda name, w: is_stream_tensor(name), aggregator_lr, 0.0),
+        (lambda name, w: _makes_prefixes(name), streams_lr, 0.0),
+        (lambda name, w: _is_streams(name) and _is_matrix(w), aggregator_lr, 1.0),
+        (lambda name, w: _is_streams(name), aggregator_lr, 0.0),
     ]
     backbone: list[tuple[Callable, float, float]] = [
-        (lambda name, w: not is_stream_tensor(name) and _is_matrix(w), settings.lr, 1.0),
-        (lambda name, w: not is_stream_tensor(name), settings.lr, 0.0),
+        (lambda name, w: not _is_streams(name) and _is_matrix(w), settings.lr, 1.0),
+        (lambda name, w: not _is_streams(name), settings.lr, 0.0),
     ]
     # The first one's learning rate is the one reported.
     groups = backbone + streams if settings.trains_backbone else streams + backbone
     optimizers = [_adamw(settings, lr, decay * settings.weight_decay) for _, lr, decay in groups]
     optimizer = optim.MultiOptimizer(optimizers, [belongs for belongs, _, _ in groups[:-1]])
-    optimizer.init(model.trainable_parameters())
+    optimizer.init(start.weights())
     return optimizer
 
 
@@ -48,6 +49,14 @@ def _adamw(settings: TrainSettings, lr: float, decay: float) -> optim.AdamW:
         }
     )
     return optim.AdamW(schedule, betas=BETAS, weight_decay=decay, bias_correction=True)
+
+
+def _makes_prefixes(name: str) -> bool:
+    return is_prefix(name) or name.startswith(NAME)
+
+
+def _is_streams(name: str) -> bool:
+    return is_stream_tensor(name) or _makes_prefixes(name)
 
 
 def _is_matrix(weight: mx.array) -> bool:

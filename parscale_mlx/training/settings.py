@@ -25,6 +25,8 @@ class TrainSettings:
         pattern: which files of a folder are read.
         streams, prefix_tokens, smooth: P, the prefixes' length, and ``parscale_attn_smooth``.
         init: prefixes made from pieces of the training text, or at random.
+        prefix_projection: train an MLP that makes the prefixes; an adapter holds what it made.
+        encoder_hidden_size: of that MLP's hidden layer; by default the model's.
         train_all: train the backbone too; otherwise it is frozen, and an adapter comes of it.
         dtype: the type of all weights that are trained; a frozen backbone's is ``load_model``'s.
         seq_length: tokens that predict another, in a window of packed text or a sample at most.
@@ -52,6 +54,8 @@ class TrainSettings:
     prefix_tokens: int = 48
     smooth: float = 0.01
     init: str = "text"
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
     train_all: bool = False
     dtype: str = "float32"
     seq_length: int = 512
@@ -89,13 +93,18 @@ class TrainSettings:
         if (self.model is None) == (self.config is None):
             raise ValueError("give either --model to start from, or --config to start from nothing")
         if self.stage == "pretrain":
-            self._refuse("--stage streams", streams=self.streams, adapter=self.adapter)
+            self._refuse("--stage streams", streams=self.streams, adapter=self.adapter,
+                         prefix_projection=self.prefix_projection or None)  # fmt: skip
         elif self.config is not None:
             raise ValueError("--config starts from nothing: it needs --stage pretrain")
         elif self.streams is not None and self.adapter is not None:
             raise ValueError("--streams cannot go with --adapter, which has its number of streams")
         elif self.streams is None and self.adapter is None and not self.train_all:
             raise ValueError("--stage streams needs either --streams or --adapter to start from")
+        if not self.prefix_projection:
+            self._refuse("--prefix-projection", encoder_hidden_size=self.encoder_hidden_size)
+        elif self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise ValueError(f"--encoder-hidden-size {self.encoder_hidden_size}: not at least 1")
         for name in ("seq_length", "batch_size", "accumulate", "steps", "keep", "prefix_tokens",
                      "report_every", "eval_every", "save_every"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -112,7 +121,7 @@ class TrainSettings:
     def _refuse(self, needed: str, **given) -> None:
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f"--{name} needs {needed}")
+                raise ValueError(f"--{name.replace('_', '-')} needs {needed}")
 
     @property
     def trains_backbone(self) -> bool:

@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.graft import graft, grafted_config, make_prefixes
 from parscale_mlx.load import load_model
 from parscale_mlx.model import Model
 from parscale_mlx.training.documents import Document
+from parscale_mlx.training.prefix_encoder import (
+    NAME,
+    PrefixEncoder,
+    instead_of_prefixes,
+    take_prefixes,
+)
 from parscale_mlx.training.settings import TrainSettings
 
 import mlx.core as mx
@@ -28,12 +35,36 @@ class Start:
         config: its ``config.json``.
         folder: where its tokenizer is.
         backbone_sha256: the backbone's fingerprint, where only streams are trained.
+        encoder: makes the prefixes, where it is trained in their place; the model always holds
+            what it makes.
     """
 
     model: Model
     config: dict
     folder: Path
     backbone_sha256: str | None = None
+    encoder: PrefixEncoder | None = None
+
+    def weights(self) -> Any:
+        """What is trained, a tree."""
+        weights = self.model.trainable_parameters()
+        if self.encoder is None:
+            return weights
+        return instead_of_prefixes(weights, self.encoder.trainable_parameters())
+
+    def update(self, weights: Any) -> None:
+        """Put other values of ``weights`` in place."""
+        others = {name: value for name, value in weights.items() if name != NAME}
+        self.model.update(others)
+        if self.encoder is not None:
+            self.encoder.update(weights[NAME])
+            self.encoder.fold(self.model)
+
+    def gradients(self, gradients: Any) -> Any:
+        """Those of ``weights``, from those of the model's trainable parameters."""
+        if self.encoder is None:
+            return gradients
+        return instead_of_prefixes(gradients, self.encoder.gradients(take_prefixes(gradients)))
 
 
 def start_folder(settings: TrainSettings) -> Path:
@@ -81,8 +112,12 @@ def make_start(settings: TrainSettings, folder: Path, documents: list[Document])
         raise ValueError(f"{folder}: this model has no streams; say how many (--streams)")
     if not settings.trains_backbone:
         train_streams_only(model, getattr(mx, settings.dtype))
+    encoder = None
+    if settings.prefix_projection:
+        encoder = PrefixEncoder(model, settings.encoder_hidden_size or model.args.hidden_size)
+        mx.eval(encoder.parameters())
     mx.eval(model.parameters())
-    return Start(model, config, folder, sha256)
+    return Start(model, config, folder, sha256, encoder)
 
 
 def _from_nothing(folder: Path, settings: TrainSettings) -> Start:

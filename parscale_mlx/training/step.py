@@ -11,6 +11,7 @@ from parscale_mlx.model import Model, TransformerBlock
 from parscale_mlx.training import batches, data_parallel
 from parscale_mlx.training.documents import Document
 from parscale_mlx.training.settings import TrainSettings
+from parscale_mlx.training.start import Start
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,13 +21,19 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 
-def make_step(model: Model, optimizer: optim.Optimizer, clip: float) -> Callable:
+def make_step(start: Start, optimizer: optim.Optimizer, clip: float) -> Callable:
     """A function from micro-batches to the summed loss, the count, and the gradients' norm.
 
     Losses are summed and divided once by how many predictions count in the whole batch, so that
     how it is cut into micro-batches and machines makes no difference.
     """
-    state = [model.state, optimizer.state, mx.random.state]
+    model, encoder = start.model, start.encoder
+    state = [
+        model.state,
+        optimizer.state,
+        mx.random.state,
+        *([] if encoder is None else [encoder.state]),
+    ]
     value_and_grad = nn.value_and_grad(model, summed_loss)
 
     @partial(_compiled, inputs=state, outputs=state)
@@ -37,8 +44,8 @@ def make_step(model: Model, optimizer: optim.Optimizer, clip: float) -> Callable
     def update(gradients, count):
         scale = data_parallel.size() / count
         gradients = tree_map(lambda g: g * scale, average_gradients(gradients))
-        gradients, norm = optim.clip_grad_norm(gradients, clip or math.inf)
-        optimizer.update(model, gradients)
+        gradients, norm = optim.clip_grad_norm(start.gradients(gradients), clip or math.inf)
+        start.update(optimizer.apply_gradients(gradients, start.weights()))
         return norm
 
     def step(micro_batches) -> tuple[float, float, float]:

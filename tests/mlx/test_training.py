@@ -204,9 +204,10 @@ def test_a_backbone_in_training_is_not_touched_in_memory(settings):
     run = settings()
     folder = start_folder(run)
     data = read_data(run, folder)
-    model = make_start(run, folder, data.train).model
+    start = make_start(run, folder, data.train)
+    model = start.model
     before = {k: np.array(v) for k, v in tree_flatten(model.parameters())}
-    step = make_step(model, make_optimizer(run, model), 1.0)
+    step = make_step(start, make_optimizer(run, start), 1.0)
     for n in range(3):
         step(micro_batches(run, data.train, n))
     for name, value in tree_flatten(model.parameters()):
@@ -262,20 +263,118 @@ def test_pretraining_from_nothing_but_a_configuration(settings, tmp_path):
     assert again.valid_loss_before == pytest.approx(result.valid_loss, rel=1e-5)
 
 
+# Prefixes that an MLP makes
+
+
+def torch_prefixes(file, streams: int, layers: int, hidden_size: int):
+    """What a saved encoder makes, by PyTorch's own modules with PEFT's names and layout.
+
+    Returns:
+        Its weights, which are to be trained, and the prefixes by their names.
+    """
+    torch = pytest.importorskip("torch")
+    saved = {k: torch.tensor(np.array(v)) for k, v in mx.load(str(file)).items()}
+    start = saved.pop("start")
+    width = saved["transform.2.weight"].shape[0]
+    encoder = torch.nn.Module()
+    encoder.embedding = torch.nn.Embedding(*saved["embedding.weight"].shape)
+    encoder.transform = torch.nn.Sequential(
+        torch.nn.Linear(32, hidden_size), torch.nn.Tanh(), torch.nn.Linear(hidden_size, width)
+    )
+    encoder.load_state_dict(saved, strict=True)
+    made = encoder.transform(encoder.embedding.weight)
+    # PEFT: [batch, tokens, 2 * layers, heads, head_dim], permuted and split in pairs.
+    made = made.view(streams, -1, 2 * layers, 2, 8).permute(2, 0, 3, 1, 4)
+    pairs = (start + made).split(2)
+    prefixes = {}
+    for n, (keys, values) in enumerate(pairs):
+        name = f"model.layers.{n}.self_attn.prefix_"
+        prefixes |= {f"{name}k": keys, f"{name}v": values}
+    return dict(encoder.named_parameters()), prefixes
+
+
+@pytest.mark.parametrize("train_all", [False, True])
+def test_an_mlp_makes_the_prefixes_while_they_are_trained(settings, base, train_all, tmp_path):
+    how = dict(prefix_projection=True, encoder_hidden_size=20, train_all=train_all)
+    result = train(settings(steps=30, **how))
+    plain = train(settings(steps=1, train_all=train_all, output=str(tmp_path / "plain")))
+    # Both start from the same model; this one learns too, and what is left looks like the other's.
+    assert result.valid_loss_before == plain.valid_loss_before
+    assert result.valid_loss < result.valid_loss_before - 0.05
+    name = "model.safetensors" if train_all else "adapters.safetensors"
+    folders = [tmp_path / run / ("model" if train_all else "adapter") for run in ("run", "plain")]
+    one, two = (mx.load(str(folder / name)) for folder in folders)
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in two.items()}
+    assert {f.name for f in folders[0].iterdir()} == {f.name for f in folders[1].iterdir()}
+    # In every checkpoint the prefixes are what its encoder makes.
+    for checkpoint in sorted((tmp_path / "run" / "checkpoints").iterdir()):
+        _, made = torch_prefixes(checkpoint / "prefix_encoder.safetensors", 2, 2, 20)
+        folded = mx.load(str(checkpoint / name))
+        for key, value in made.items():
+            assert np.abs(np.array(folded[key]) - value.detach().numpy()).max() < 1e-5, key
+    assert all(mx.array_equal(one[key], value) for key, value in folded.items())
+    # The model that was evaluated while it was trained is the one that was written.
+    again = train(
+        settings(
+            steps=1,
+            lr=1e-30,
+            output=str(tmp_path / "again"),
+            streams=None,
+            train_all=train_all,
+            **{"model": result.output} if train_all else {"adapter": result.output},
+        )
+    )
+    assert again.valid_loss_before == pytest.approx(result.valid_loss, rel=1e-6)
+
+
+def test_gradients_of_the_mlp_are_those_of_pytorch(tmp_path):
+    from parscale_mlx.training.prefix_encoder import PrefixEncoder
+    from parscale_mlx.training.start import Start
+
+    torch = pytest.importorskip("torch")
+    model = model_with_streams()
+    encoder = PrefixEncoder(model, 20)
+    last = encoder.transform[2]
+    last.weight, last.bias = (mx.random.normal(a.shape) * 0.1 for a in (last.weight, last.bias))
+    encoder.fold(model)
+    mx.save_safetensors(str(tmp_path / "e.safetensors"), dict(tree_flatten(encoder.parameters())))
+    own, prefixes = torch_prefixes(tmp_path / "e.safetensors", 3, 2, 20)
+    weights = {
+        k: torch.tensor(np.array(v), requires_grad=True)
+        for k, v in tree_flatten(model.parameters())
+    } | prefixes
+    torch_loss(weights, model.args).backward()
+    _, of_model = nn.value_and_grad(model, summed_loss)(model, mx.array(IDS), mx.array(COUNTS))
+    start = Start(model, {}, tmp_path, encoder=encoder)
+    gradients = dict(tree_flatten(start.gradients(of_model)))
+    expected = {f"prefix_encoder.{name}": value.grad.numpy() for name, value in own.items()}
+    expected |= {k: v.grad.numpy() for k, v in weights.items() if k not in prefixes}
+    assert gradients.keys() == expected.keys() == dict(tree_flatten(start.weights())).keys()
+    for name, value in expected.items():
+        scale = np.abs(value).max()
+        assert np.abs(np.array(gradients[name]) - value).max() < 1e-3 * scale + 1e-5, name
+
+
 # Equal ways to the same curve
 
 
+@pytest.mark.parametrize("projection", [False, True], ids=["prefixes", "projection"])
 @pytest.mark.parametrize("changes", [{"batch_size": 2, "accumulate": 2}, {"grad_checkpoint": True}],
                          ids=["accumulated", "checkpointed"])  # fmt: skip
-def test_other_ways_to_the_same_curve(settings, changes, tmp_path):
-    train(settings())
+def test_other_ways_to_the_same_curve(settings, changes, projection, tmp_path):
+    train(settings(prefix_projection=projection))
+    changes = changes | {"prefix_projection": projection}
     train(settings(output=str(tmp_path / "other"), **changes))
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "run"), rel=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "streams"])
-def test_a_resumed_run_is_an_uninterrupted_one(settings, stage, tmp_path, monkeypatch):
-    whole = train(settings(stage=stage, output=str(tmp_path / "whole")))
+@pytest.mark.parametrize(
+    "how",
+    [{"stage": "pretrain"}, {}, {"prefix_projection": True, "init": "random"}],
+    ids=["pretrain", "streams", "projection"],
+)
+def test_a_resumed_run_is_an_uninterrupted_one(settings, how, tmp_path, monkeypatch):
+    whole = train(settings(output=str(tmp_path / "whole"), **how))
     report = Metrics.on_train_loss_report
 
     def stop_at(step):
@@ -289,7 +388,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(settings, stage, tmp_path, monkey
     # Before the first checkpoint, past it, and past the next: each time some steps are lost.
     stop_at(2)
     with pytest.raises(KeyboardInterrupt):
-        train(settings(stage=stage))
+        train(settings(**how))
     for step in (8, 12):
         stop_at(step)
         with pytest.raises(KeyboardInterrupt):
@@ -302,7 +401,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(settings, stage, tmp_path, monkey
     assert not list((tmp_path / "run").rglob(".*"))
     assert result.valid_loss == whole.valid_loss
     assert result.valid_loss_before == whole.valid_loss_before
-    name = "model/model" if stage == "pretrain" else "adapter/adapters"
+    name = "model/model" if "stage" in how else "adapter/adapters"
     one, two = (mx.load(str(tmp_path / f"{r}/{name}.safetensors")) for r in ("run", "whole"))
     assert all(mx.array_equal(one[key], value) for key, value in two.items())
     with pytest.raises(FileExistsError, match="this run is finished"):
@@ -453,6 +552,9 @@ def test_whole_documents_are_held_out(settings, base, tmp_path):
         ({"model": None}, "either --model to start from, or --config"),
         ({"config": "x"}, "either --model to start from, or --config"),
         ({"stage": "pretrain", "streams": 2}, "--streams needs --stage streams"),
+        ({"stage": "pretrain", "prefix_projection": True}, "--prefix-projection needs --stage str"),
+        ({"encoder_hidden_size": 8}, "--encoder-hidden-size needs --prefix-projection"),
+        ({"encoder_hidden_size": 0, "prefix_projection": True}, "--encoder-hidden-size 0: not at"),
         ({"streams": None}, "needs either --streams or --adapter"),
         ({"adapter": "x"}, "--streams cannot go with --adapter"),
         ({"adapter": "x", "train_all": True}, "--streams cannot go with --adapter"),
