@@ -204,7 +204,7 @@ def _settings(kind, options: dict):
 
 
 def _print(result, as_json: bool) -> None:
-    from parscale_mlx.training.machines import rank
+    from parscale_mlx.training.data_parallel import rank
 
     if rank():
         return
