@@ -7,38 +7,35 @@ from typing import Any
 
 import click
 
+from parscale_cli.options.command import Command, Group, argument, option
+from parscale_cli.options.output import folder_options, json_option
+from parscale_cli.options.types import Real
 
-@click.group()
+
+@click.group(cls=Group)
 def adapter():
     """Stream adapters: the streams of a model, apart from their backbone."""
 
 
-@adapter.command()
-@click.argument("source", metavar="SOURCE")
-@click.option(
+@adapter.command(cls=Command)
+@argument("source", metavar="SOURCE")
+@option(
     "--backbone",
+    section="Model",
     required=True,
     metavar="DIR|NAME",
     help="The same model without streams: a folder or a hub name.",
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="The folder to write.",
-)
-@click.option(
+@option(
     "--tolerance",
-    type=click.FloatRange(0, 1),
+    section="Model",
+    type=Real(0, 1),
     default=0.0,
     show_default=True,
     help="How far a number of the backbone may be from the source's.",
 )
-@click.option("--revision", help="Branch, tag or commit of the source, where it is on the hub.")
-@click.option("--force", is_flag=True, help="Replace the output if it is an adapter.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+@folder_options("an adapter")
+@json_option
 def extract(source, backbone, output, as_json, **options):
     """Write the streams of a checkpoint as an adapter over its backbone.
 
@@ -60,9 +57,9 @@ def extract(source, backbone, output, as_json, **options):
         click.echo(f"The backbones agree in every bit of {found.compared} tensors")
 
 
-@adapter.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON object.")
+@adapter.command(cls=Command)
+@argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
 def show(folder, as_json):
     """Say what an adapter is: its streams, its size, its backbone."""
     from parscale_core.checkpoint.adapter import read_adapter

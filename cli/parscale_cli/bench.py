@@ -5,99 +5,112 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
-from parscale_cli.drawing import check_plot, plot_option
-from parscale_cli.parallel import Modes, together
-from parscale_cli.quantities import WholeNumbers
+from parscale_cli.options.command import command, given, option, refuse
+from parscale_cli.options.model import FOLDER
+from parscale_cli.options.output import force_option, json_option
+from parscale_cli.options.parallel import joined
+from parscale_cli.options.plot import check_plot, plot_option
+from parscale_cli.options.types import Modes, OneOf, Whole, WholeNumbers
 
 SHARED_P = (8,)
 NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force")
 
 
-@click.command()
-@click.option("--model", metavar="DIR|NAME", help="A model folder or a name on the hub.")
-@click.option(
+@command()
+@option("--model", section="Model", metavar="DIR|NAME", help="A model folder or a name on the hub.")
+@option(
     "--shape",
+    section="Model",
     metavar="FILE",
     type=click.Path(exists=True, path_type=Path),
     help="Random weights in the shape of this config.json; without --model and --shape, in that "
     "of SmolLM2-135M; with --parallel, of Qwen2.5-0.5B.",
 )
-@click.option(
+@option(
     "--adapter",
     "adapters",
+    section="Model",
     metavar="DIR",
     multiple=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="Stream adapters of --model; where none has the wanted P, streams are random.",
 )
-@click.option(
+@option(
     "--streams",
+    section="Model",
     type=WholeNumbers("P,P", most=64),
     default="1,2,4,8",
     help="Numbers of streams.  [default: 1,2,4,8; with --parallel, 8]",
 )
-@click.option(
-    "--batch",
-    type=WholeNumbers("N,N"),
-    default="1",
-    show_default=True,
-    help="Sequences at once.",
-)
-@click.option(
-    "--prompt",
-    type=WholeNumbers("L,L"),
-    default="128",
-    show_default=True,
-    help="Tokens of the prompts.",
-)
-@click.option(
-    "--tokens",
-    type=click.IntRange(1),
-    default=32,
-    show_default=True,
-    help="Tokens to generate after the first.",
-)
-@click.option(
+@option(
     "--quantize",
     "quantisations",
+    section="Model",
     multiple=True,
     type=click.Choice(["none", "2", "3", "4", "5", "6", "8"]),
     default=("none",),
     help="Bits of the weights, none for as they are. May be given several times.  [default: none]",
 )
-@click.option(
+@option(
     "--group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="64",
+    section="Model",
+    type=OneOf(32, 64, 128),
+    default=64,
     show_default=True,
     help="Weights that share a scale, with --quantize.",
 )
-@click.option(
+@option(
+    "--batch",
+    section="Lengths",
+    type=WholeNumbers("N,N"),
+    default="1",
+    show_default=True,
+    help="Sequences at once.",
+)
+@option(
+    "--prompt",
+    section="Lengths",
+    type=WholeNumbers("L,L"),
+    default="128",
+    show_default=True,
+    help="Tokens of the prompts.",
+)
+@option(
+    "--tokens",
+    section="Lengths",
+    type=Whole(1),
+    default=32,
+    show_default=True,
+    help="Tokens to generate after the first.",
+)
+@option(
     "--repeats",
-    type=click.IntRange(1),
+    section="Measurement",
+    type=Whole(1),
     default=5,
     show_default=True,
     help="Measured turns of each side; medians are shown.",
 )
-@click.option(
+@option(
     "--cpu-time",
+    section="Measurement",
     is_flag=True,
     help="Measure the processor's time, all cores added up, not the clock's: where other programs "
     "take the cores. The machine's rates are then those of one core.",
 )
-@click.option(
+@option(
     "--parallel",
     "modes",
+    section="Measurement",
     type=Modes(),
     metavar="MODE,MODE",
     help="Measure the model shared by the processes that mlx.launch started, beside the whole of "
     "it on each: streams, tensor or SxT for S shares of the streams by T of the layers.",
 )
 @plot_option("time to the first token and time per token over P")
-@click.option("--force", is_flag=True, help="Replace an existing plot.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@force_option("Replace an existing plot.")
+@json_option
 @click.pass_context
 def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_json, **options):
     """Measure generation with P streams beside mlx-lm's own class over the same weights.
@@ -110,11 +123,13 @@ def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_jso
     what is counted is the bytes that each process sends for a token.
     """
     if modes is not None:
-        with together():
+        with joined():
             _check_model(model, shape, adapters)
             _bench_shares(ctx, (model, shape, adapters), modes, as_json=as_json)
         return
     _check_model(model, shape, adapters)
+    if quantisations == ("none",):
+        refuse(ctx, "needs --quantize", "group_size")
     check_plot(plot, force=force)
     from parscale_cli.bench_mlx import measure_all, measure_machine
 
@@ -152,20 +167,13 @@ def _bench_shares(
     *,
     as_json: bool,
 ) -> None:
-    given = {
-        param.name: param.opts[0]
-        for param in ctx.command.params
-        if param.name and ctx.get_parameter_source(param.name) != ParameterSource.DEFAULT
-    }
-    for name in NOT_SHARED:
-        if name in given:
-            raise click.UsageError(f"{given[name]} cannot go with --parallel")
+    refuse(ctx, "cannot go with --parallel", *NOT_SHARED)
     from parscale_cli import bench_parallel
 
     report = bench_parallel.measure_all(
         backbone,
         modes,
-        streams=ctx.params["streams"] if "streams" in given else SHARED_P,
+        streams=ctx.params["streams"] if "streams" in given(ctx) else SHARED_P,
         prompt=ctx.params["prompt"],
         tokens=ctx.params["tokens"],
         repeats=ctx.params["repeats"],

@@ -47,7 +47,7 @@ def measure_all(
     prompt: Sequence[int],
     tokens: int,
     repeats: int,
-    group_size: str,
+    group_size: int,
     cpu_time: bool,
 ) -> list[dict]:
     """One row for each quantisation, batch size, prompt length and side, as plain data.
@@ -65,7 +65,7 @@ def measure_all(
         for bits in quantisations:
             plain, config, adapters = load_backbone(*backbone)
             if bits != "none":
-                plain, config = _quantise(plain, config, int(bits), int(group_size))
+                plain, config = _quantise(plain, config, int(bits), group_size)
             models = benchmark.compared_models(plain, config, streams, adapters)
             for b, length in ((b, length) for b in batch for length in prompt):
                 ids = mx.random.randint(0, plain.args.vocab_size, (b, length))

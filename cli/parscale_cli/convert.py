@@ -6,6 +6,11 @@ from pathlib import Path
 
 import click
 
+from parscale_cli.options.command import argument, command, option
+from parscale_cli.options.model import FILE
+from parscale_cli.options.output import folder_options, json_option
+from parscale_cli.options.types import OneOf, Whole
+
 Q_OPTIONS = {  # by the option, the field of ``Quantization``
     "q_bits": "bits",
     "q_group_size": "group_size",
@@ -16,95 +21,120 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
 }
 
 
-@click.command()
-@click.argument("source", metavar="SOURCE")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="The folder to write.",
-)
-@click.option(
+@command()
+@argument("source", metavar="SOURCE")
+@folder_options("a model folder")
+@option(
     "--to",
+    section="Output",
     type=click.Choice(["mlx", "hf"]),
     default="mlx",
     show_default=True,
     help="For MLX, or for the published PyTorch classes (never quantised).",
 )
-@click.option(
+@option(
     "--mlx-lm",
     "with_model_file",
+    section="Output",
     is_flag=True,
     help="Add the model's code, so that mlx-lm's commands take it with --trust-remote-code.",
 )
-@click.option(
+@option(
     "--dtype",
+    section="Output",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Type of the weights that are not quantised; by default the stored one.",
 )
-@click.option("-q", "--quantize", is_flag=True, help="Quantise, all but prefixes and aggregator.")
-@click.option(
+@option(
+    "--dry-run",
+    section="Output",
+    is_flag=True,
+    help="Check the source and say what would be written.",
+)
+@option(
+    "--upload-repo",
+    section="Output",
+    metavar="OWNER/NAME",
+    help="Upload the result to this repository.",
+)
+@json_option
+@option(
+    "-q",
+    "--quantize",
+    section="Quantisation",
+    is_flag=True,
+    help="Quantise, all but prefixes and aggregator.",
+)
+@option(
     "--q-bits",
-    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
+    section="Quantisation",
+    type=OneOf(2, 3, 4, 5, 6, 8),
     help="Bits a weight; by default 4, for mxfp8 8.",
 )
-@click.option(
+@option(
     "--q-group-size",
-    type=click.Choice(["16", "32", "64", "128"]),
+    section="Quantisation",
+    type=OneOf(16, 32, 64, 128),
     help="Weights that share a scale; by default 64 for affine, and what the other modes ask for.",
 )
-@click.option(
+@option(
     "--q-mode",
+    section="Quantisation",
     type=click.Choice(["affine", "mxfp4", "nvfp4", "mxfp8"]),
     help="Kind of quantisation.  [default: affine]",
 )
-@click.option(
+@option(
     "--q-recipe",
+    section="Quantisation",
     type=click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6", "dynamic", "dwq"]),
     help="mixed: mlx-lm's recipes of two numbers of bits; dynamic: more bits for the half of the "
     "weights that needs them; dwq: scales learnt from the full model.",
 )
-@click.option(
+@option(
     "--q-text",
     "q_text_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    section="Quantisation",
+    type=FILE,
     metavar="FILE",
     help="What dynamic and dwq learn from; by default English that comes with Python.",
 )
-@click.option(
+@option(
     "--q-windows",
-    type=click.IntRange(4),
+    section="Quantisation",
+    type=Whole(4),
     metavar="N",
     help="Windows of 256 tokens that dynamic and dwq learn from.  [default: 64]",
 )
-@click.option("--quantize-all", is_flag=True, default=None, help="Quantise the aggregator too.")
-@click.option(
+@option(
+    "--quantize-all",
+    section="Quantisation",
+    is_flag=True,
+    default=None,
+    help="Quantise the aggregator too.",
+)
+@option(
     "--streams",
-    type=click.IntRange(2, 64),
+    section="Streams",
+    type=Whole(2, 64),
     metavar="P",
     help="Graft P streams onto a plain model, to be trained.",
 )
-@click.option(
-    "--prefix-tokens",
-    type=click.IntRange(1),
+@option(
+    "--prefix-length",
+    section="Streams",
+    type=Whole(1),
     metavar="N",
-    help="Length of the grafted prefixes.  [default: 48]",
+    help="Tokens of the grafted prefixes.  [default: 48]",
 )
-@click.option(
+@option(
     "--text",
     "text_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    section="Streams",
+    type=FILE,
     metavar="FILE",
     help="What the grafted prefixes are made from; by default English that comes with Python.",
 )
-@click.option("--dry-run", is_flag=True, help="Check the source and say what would be written.")
-@click.option("--upload-repo", metavar="OWNER/NAME", help="Upload the result to this repository.")
-@click.option("--revision", help="Branch, tag or commit of a hub repository.")
-@click.option("--force", is_flag=True, help="Replace the output if it is a model folder.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
-def convert(source, output, quantize, text_file, q_text_file, prefix_tokens, as_json, **options):
+def convert(source, output, quantize, text_file, q_text_file, prefix_length, as_json, **options):
     """Convert a checkpoint to an MLX folder, or with --to hf back to a published one.
 
     SOURCE is a folder of safetensors or PyTorch pickles, a GGUF file, or a name on the hub.
@@ -113,7 +143,7 @@ def convert(source, output, quantize, text_file, q_text_file, prefix_tokens, as_
     if not quantize:
         _need("--quantize", **asked, q_text=q_text_file)
     if options["streams"] is None:
-        _need("--streams", prefix_tokens=prefix_tokens, text=text_file)
+        _need("--streams", prefix_length=prefix_length, text=text_file)
     if options["to"] == "hf" and options["with_model_file"]:
         raise click.UsageError("--mlx-lm cannot go with --to hf")
     if options["to"] == "hf" and quantize:
@@ -125,7 +155,7 @@ def convert(source, output, quantize, text_file, q_text_file, prefix_tokens, as_
         output,
         quantization=_quantization(asked, q_text_file) if quantize else None,
         q_text=_read_text(q_text_file),
-        prefix_tokens=prefix_tokens or 48,
+        prefix_tokens=prefix_length or 48,
         text=_read_text(text_file),
         progress=True,
         **options,
@@ -140,19 +170,16 @@ def _quantization(asked: dict, text_file: Path | None):
     from parscale_mlx.quantize import LEARNT, Quantization, check_quantization
 
     learning = {"--q-text": text_file, "--q-windows": asked["q_windows"]}
-    for option, value in learning.items():
+    for name, value in learning.items():
         if value is not None and asked["q_recipe"] not in LEARNT:
-            raise click.UsageError(f"{option} needs --q-recipe {' or '.join(LEARNT)}")
+            raise click.UsageError(f"{name} needs --q-recipe {' or '.join(LEARNT)}")
     given = {name: value for name, value in asked.items() if value is not None}
     fields = {Q_OPTIONS[name]: value for name, value in given.items()}
-    for number in ("bits", "group_size"):
-        if number in fields:
-            fields[number] = int(fields[number])
     try:
         return check_quantization(Quantization(**fields))
     except ValueError as error:
-        option = "q_recipe" if "q_recipe" in given else "q_mode"
-        name = f"--{option.replace('_', '-')} {given.get(option, 'affine')}"
+        field = "q_recipe" if "q_recipe" in given else "q_mode"
+        name = f"--{field.replace('_', '-')} {given.get(field, 'affine')}"
         raise click.UsageError(f"{name}: {error}") from error
 
 

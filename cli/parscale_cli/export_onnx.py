@@ -5,11 +5,13 @@ from pathlib import Path
 
 import click
 
+from parscale_cli.options.command import command
+
 FLOATS = ("fp32", "fp16", "bf16")
 PRECISIONS = (*FLOATS, "int8", "int4", "w8a8")
 
 
-@click.command("export-onnx")
+@command("export-onnx")
 @click.option(
     "--model",
     required=True,

@@ -1,4 +1,4 @@
-"""``parscale generate``: text from a prompt, or from many as one batch."""
+"""``parscale generate``: answers to prompts, printed as they come."""
 
 import json
 import sys
@@ -10,114 +10,106 @@ import click
 from parscale_core.engine import Request
 
 from parscale_cli import show
-from parscale_cli.adapters import adapter_options
-from parscale_cli.parallel import parallel_option
-from parscale_cli.prompts import encode, read_prompts
-from parscale_cli.runtime import NO_STREAMS, follows, open_engine, runtime_options
-from parscale_cli.sampling import sampling_options, take_sampling
-
-
-class Draft(click.ParamType):
-    name = "draft"
-
-    def convert(self, value, param, ctx):
-        if value == "ngram" or isinstance(value, int):
-            return value
-        if value.isdecimal() and 1 <= int(value) <= 64:
-            return int(value)
-        return self.fail("ngram, or a number of streams", param, ctx)
-
-
-@click.command()
-@click.option(
-    "--model",
-    metavar="DIR|NAME",
-    help="A model folder or a name on the hub; without it, SmolLM2 with streams.",
+from parscale_cli.engines import NO_STREAMS, follows, open_engine
+from parscale_cli.options.command import command, option, refuse
+from parscale_cli.options.kv_cache import (
+    max_kv_size_option,
+    num_draft_tokens_option,
+    quantised_cache_options,
 )
+from parscale_cli.options.model import FILE, adapter_options, model_option
+from parscale_cli.options.output import json_option
+from parscale_cli.options.parallel import parallel_option
+from parscale_cli.options.runtime import runtime_options
+from parscale_cli.options.sampling import sampling_options, take_sampling
+from parscale_cli.options.types import Draft
+from parscale_cli.prompts import encode, read_prompts
+
+
+@command()
+@model_option()
 @adapter_options
-@click.option(
+@option(
     "-p",
     "--prompt",
     "texts",
+    section="Prompts",
     multiple=True,
     metavar="TEXT",
+    may_be_empty=True,
     help="The prompt; - reads standard input. Several make one batch.",
 )
-@click.option(
+@option(
     "--prompts-file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    section="Prompts",
+    type=FILE,
     help='JSON lines: a string, {"prompt": ...} or {"messages": [...]} each.',
 )
-@click.option("--system", metavar="TEXT", help="System prompt, for models with a chat template.")
-@click.option(
+@option(
+    "--system",
+    section="Prompts",
+    metavar="TEXT",
+    help="System prompt, for models with a chat template.",
+)
+@option(
     "--chat-template/--no-chat-template",
     "use_template",
+    section="Prompts",
     default=True,
     help="Put the prompt into the model's chat template (default), or take it as it is.",
 )
 @sampling_options
-@click.option(
+@option(
+    "--json-schema",
+    section="Sampling",
+    type=FILE,
+    metavar="FILE",
+    help="Answer with JSON that this schema allows.",
+)
+@option(
+    "--grammar",
+    section="Sampling",
+    type=FILE,
+    metavar="FILE",
+    help="Answer with a text that this Lark grammar or regular expression allows.",
+)
+@option(
     "--prompt-cache",
+    section="KV cache",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Reuse what this .safetensors file holds of the prompt; written after the answer.",
 )
-@click.option(
-    "--kv-bits",
-    type=click.Choice(["2", "3", "4", "5", "6", "8"]),
-    help="Quantise the KV cache to this many bits.",
+@quantised_cache_options
+@max_kv_size_option
+@option(
+    "--draft-model",
+    section="Drafts",
+    metavar="DIR|NAME",
+    help="A small model for speculative decoding.",
 )
-@click.option(
-    "--kv-group-size",
-    type=click.Choice(["32", "64", "128"]),
-    default="64",
-    show_default=True,
-    help="Group size of the quantised KV cache.",
-)
-@click.option(
-    "--quantized-kv-start",
-    type=click.IntRange(0),
-    default=5000,
-    show_default=True,
-    help="Quantise the KV cache once it holds this many tokens.",
-)
-@click.option(
-    "--max-kv-size",
-    type=click.IntRange(5),
-    help="Keep about this many tokens in a rotating KV cache, besides the prefix.",
-)
-@click.option("--draft-model", metavar="DIR|NAME", help="A small model for speculative decoding.")
-@click.option(
+@option(
     "--draft",
+    section="Drafts",
     type=Draft(),
     metavar="ngram|P",
     help="Speculative decoding without a second model: drafts from the text so far, or by the "
     "model with P streams.",
 )
-@click.option(
-    "--num-draft-tokens",
-    type=click.IntRange(1),
-    default=3,
-    show_default=True,
-    help="Tokens to draft at a time.",
+@num_draft_tokens_option
+@option(
+    "--show-streams",
+    section="Output",
+    is_flag=True,
+    help="Show the stream with the largest weight for each token.",
 )
-@click.option(
-    "--json-schema",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Answer with JSON that this schema allows.",
+@json_option
+@option(
+    "--quiet",
+    section="Output",
+    is_flag=True,
+    help="No statistics, no progress and no hints on standard error.",
 )
-@click.option(
-    "--grammar",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Answer with a text that this Lark grammar or regular expression allows.",
-)
-@click.option(
-    "--show-streams", is_flag=True, help="Show the stream with the largest weight for each token."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a prompt.")
-@click.option("--quiet", is_flag=True, help="No statistics and no hints on standard error.")
-@click.option("--verbose", is_flag=True, help="Say what computes, and how.")
+@option("--verbose", section="Output", is_flag=True, help="Say what computes, and how.")
 @runtime_options
 @parallel_option
 @click.pass_context
@@ -126,11 +118,11 @@ def generate(
     verbose, json_schema, grammar, stop, **options,
 ):  # fmt: skip
     """Generate text; statistics go to standard error."""
-    sampling = take_sampling(options)
+    sampling = take_sampling(ctx, options)
     prompts = read_prompts(texts, prompts_file)
     if len(prompts) > 1 and show_streams and not as_json:
         raise click.UsageError("--show-streams of several prompts needs --json")
-    _check_together(options, len(prompts) > 1)
+    _check_together(ctx, options, len(prompts) > 1)
     form = _read_form(json_schema, grammar)
     cache_file: Path | None = options["prompt_cache"]
     with open_engine(ctx, model, runtime, options, hints=not quiet) as engine:
@@ -197,7 +189,7 @@ def _read_form(json_schema: Path | None, grammar: Path | None) -> str | None:
         raise ValueError(f"{file}: {error}") from error
 
 
-def _check_together(options: dict, many: bool) -> None:
+def _check_together(ctx: click.Context, options: dict, many: bool) -> None:
     cache_file = options["prompt_cache"]
     if cache_file is not None:
         if many:
@@ -208,6 +200,8 @@ def _check_together(options: dict, many: bool) -> None:
             )
         if not cache_file.parent.is_dir():
             raise click.UsageError(f"--prompt-cache {cache_file}: there is no such folder")
+    if options["draft"] is None and options["draft_model"] is None:
+        refuse(ctx, "needs --draft or --draft-model", "num_draft_tokens")
     apart = (
         ("draft_model", "draft"),
         ("draft_model", "prompt_cache"),

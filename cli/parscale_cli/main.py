@@ -1,8 +1,5 @@
 """The ``parscale`` command. Each subcommand imports MLX or onnxruntime only when it runs."""
 
-import errno
-import os
-
 import click
 
 from parscale_cli.adapter import adapter
@@ -11,6 +8,7 @@ from parscale_cli.chat import chat
 from parscale_cli.convert import convert
 from parscale_cli.cost import cost
 from parscale_cli.doctor import doctor
+from parscale_cli.errors import one_line_errors
 from parscale_cli.evaluate import evaluate
 from parscale_cli.export_onnx import export_onnx
 from parscale_cli.fuse import fuse
@@ -22,27 +20,17 @@ from parscale_cli.serve import serve
 from parscale_cli.train import train
 from parscale_cli.verify import verify
 
-DEBUG = "PARSCALE_DEBUG"
-_FAILURES = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError, MemoryError)
 
-
-class _OneLineErrors(click.Group):
+class _Commands(click.Group):
     def invoke(self, ctx):
-        try:
+        with one_line_errors():
             return super().invoke(ctx)
-        except _FAILURES as error:
-            # A closed pipe and Click's own control flow are Click's to handle.
-            if isinstance(error, click.exceptions.Exit | click.exceptions.Abort):
-                raise
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise
-            if os.environ.get(DEBUG):
-                raise
-            text = " ".join(str(error).split()) or type(error).__name__
-            raise click.ClickException(text) from error
 
 
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="parscale")
 def cli():
     """Run and train ParScale language models with MLX, and export them to ONNX."""

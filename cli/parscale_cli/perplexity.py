@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from parscale_core.finite import not_finite
 
-from parscale_cli.adapters import many_streams_options
-from parscale_cli.parallel import parallel_option
-from parscale_cli.runtime import choose_runtime, find_export
+from parscale_cli.engines import choose_runtime, find_export
+from parscale_cli.options.command import argument, command, option
+from parscale_cli.options.model import FILE, many_streams_options, model_option
+from parscale_cli.options.output import json_option
+from parscale_cli.options.parallel import parallel_option
+from parscale_cli.options.runtime import runtime_option
+from parscale_cli.options.types import Real, Whole
 
 if TYPE_CHECKING:
     from parscale_core.analysis.perplexity import Report
@@ -37,52 +40,46 @@ class Scorer:
     group: Any = None
 
 
-@click.command()
-@click.argument(
-    "files",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE...",
-)
-@click.option(
-    "--model",
-    metavar="DIR|NAME",
-    help="A model folder, a name on the hub, or an export made with --all-logits; without it, "
-    "SmolLM2 with streams.",
+@command()
+@argument("files", nargs=-1, required=True, type=FILE, metavar="FILE...")
+@model_option(
+    "A model folder, a name on the hub, or an export made with --all-logits; without it, "
+    "SmolLM2 with streams."
 )
 @many_streams_options
-@click.option(
-    "--runtime",
-    type=click.Choice(["mlx", "onnx"]),
-    help="What computes; by default onnx for a folder that export-onnx wrote.",
-)
-@click.option(
+@runtime_option
+@option(
     "--window",
-    type=click.IntRange(2),
+    section="Text",
+    type=Whole(2),
     help=f"Tokens to read at once.  [default: {ENOUGH}, or the model's context if that is shorter]",
 )
-@click.option(
+@option(
     "--stride",
-    type=click.IntRange(1),
+    section="Text",
+    type=Whole(1),
     help="Tokens from one window's beginning to the next.  [default: half a window]",
 )
-@click.option(
+@option(
     "--batch-size",
-    type=click.IntRange(1),
+    section="Text",
+    type=Whole(1),
     default=1,
     show_default=True,
     help="Windows to compute at a time.",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Read the first N windows only.")
-@click.option(
+@option(
+    "--limit", section="Text", type=Whole(1), metavar="N", help="Read the first N windows only."
+)
+@option(
     "--level",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    section="Output",
+    type=Real(0, 1, min_open=True, max_open=True),
     default=0.95,
     show_default=True,
     help="Level of the confidence intervals.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+@json_option
 @parallel_option
 def perplexity(
     files, model, adapters, streams, runtime, parallel, window, stride, batch_size, limit, level,

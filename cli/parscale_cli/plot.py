@@ -1,27 +1,16 @@
 """``parscale plot``: loss curves of training runs."""
 
-from pathlib import Path
-
 import click
 
+from parscale_cli.options.command import argument, command
+from parscale_cli.options.model import FOLDER
+from parscale_cli.options.output import force_option, output_option
 
-@click.command()
-@click.argument(
-    "runs",
-    nargs=-1,
-    required=True,
-    metavar="RUN...",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-)
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The picture to write: .png or .svg.",
-)
-@click.option("--force", is_flag=True, help="Replace the output.")
+
+@command()
+@argument("runs", nargs=-1, required=True, metavar="RUN...", type=FOLDER)
+@output_option("The picture to write: .png or .svg.", folder=False, required=True)
+@force_option("Replace the output.")
 def plot(runs, output, force):
     """Draw the losses of training runs, their folders, into one picture."""
     if output.suffix not in (".png", ".svg"):

@@ -1,62 +1,74 @@
 """``parscale scaling-law``: fit the parallel scaling law, and ask it what streams are worth."""
 
 import json
-from pathlib import Path
 
 import click
 from parscale_core.analysis.numbers import count
 
-from parscale_cli.drawing import check_plot, plot_option, require
-from parscale_cli.quantities import ParameterCount, WholeNumbers
+from parscale_cli.options.command import argument, command, option, refuse
+from parscale_cli.options.model import FILE
+from parscale_cli.options.output import force_option, json_option
+from parscale_cli.options.plot import check_plot, plot_option, require
+from parscale_cli.options.types import ParameterCount, Real, Whole, WholeNumbers
 
 NAMES = ("E", "A", "alpha", "k")
 
 
-@click.command("scaling-law")
-@click.argument(
-    "table",
-    required=False,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-)
-@click.option(
+@command("scaling-law")
+@argument("table", required=False, type=FILE)
+@option(
     "--parameters",
+    section="Prediction",
     type=ParameterCount(),
     help="Say what streams do for a model of N parameters outside the embedding, such as 1.6B.",
 )
-@click.option(
+@option(
     "--streams",
+    section="Prediction",
     type=WholeNumbers("P,P"),
     default="1,2,4,8",
     show_default=True,
     help="The numbers of streams to say it for.",
 )
-@click.option(
+@option(
     "--bootstrap",
-    type=click.IntRange(10),
+    section="Intervals",
+    type=Whole(10, 100_000),
     default=200,
     show_default=True,
     metavar="N",
     help="Resamples for the intervals.",
 )
-@click.option(
+@option(
     "--confidence",
-    type=click.FloatRange(50, 99.9),
+    section="Intervals",
+    type=Real(50, 99.9),
     default=95,
     show_default=True,
     metavar="PERCENT",
     help="Of the intervals.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the resamples.")
+@option(
+    "--seed",
+    section="Intervals",
+    type=Whole(0),
+    default=0,
+    show_default=True,
+    help="Of the resamples.",
+)
 @plot_option("lines of equal loss over parameters and streams")
-@click.option("--force", is_flag=True, help="Replace an existing plot.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def scaling_law(table, parameters, streams, bootstrap, confidence, seed, plot, force, as_json):
+@force_option("Replace an existing plot.")
+@json_option
+@click.pass_context
+def scaling_law(ctx, table, parameters, streams, bootstrap, confidence, seed, plot, force, as_json):
     """Fit L = E + (A / (N (k ln P + 1)))^alpha to a table of losses, CSV.
 
     The columns are parameters, streams and loss; a column dataset, if there is one, names several
     tables in one file. Without a TABLE, the 48 losses of the ParScale paper are fitted: 24 on
     Stack-V2-Python and 24 on the Pile.
     """
+    if parameters is None:
+        refuse(ctx, "needs --parameters", "streams")
     require("scipy", "scaling-law")
     require("threadpoolctl", "scaling-law")
     check_plot(plot, force=force)

@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from parscale_cli.options.command import command
+
 READABLE = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
-@click.command()
+@command()
 @click.option(
     "--stage",
     type=click.Choice(["pretrain", "streams"]),

@@ -6,6 +6,12 @@ from pathlib import Path
 import click
 from parscale_core.finite import not_finite
 
+from parscale_cli.options.command import argument, command, option
+from parscale_cli.options.model import FOLDER
+from parscale_cli.options.output import json_option
+from parscale_cli.options.runtime import provider_option
+from parscale_cli.options.types import Real, Whole
+
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
@@ -23,45 +29,56 @@ TOLERANCES = {
 }
 
 
-@click.command()
-@click.argument("export", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--against", required=True, metavar="DIR|NAME", help="The model it was made from.")
-@click.option(
+@command()
+@argument("export", metavar="DIR", type=click.Path(path_type=Path))
+@option(
+    "--against",
+    section="Model",
+    required=True,
+    metavar="DIR|NAME",
+    help="The model it was made from.",
+)
+@option(
     "--adapter",
-    type=click.Path(path_type=Path),
+    section="Model",
+    type=FOLDER,
     metavar="DIR",
     help="The stream adapter that the model has to be taken with.",
 )
-@click.option(
+@option(
     "-p",
     "--prompt",
     "prompts",
+    section="Prompts",
     multiple=True,
     metavar="TEXT",
     help="Compare on this text; may be given several times.",
 )
-@click.option(
+@option(
     "-n",
     "--tokens",
-    type=click.IntRange(1),
+    section="Prompts",
+    type=Whole(1),
     default=32,
     show_default=True,
     help="Greedy tokens to follow each prompt.",
 )
-@click.option(
+@option(
     "--max-difference",
-    type=click.FloatRange(0),
+    section="Tolerance",
+    type=Real(0),
     metavar="LOGIT",
     help="Largest logit difference to accept; by default it depends on the precision.",
 )
-@click.option(
+@option(
     "--max-kl",
-    type=click.FloatRange(0),
+    section="Tolerance",
+    type=Real(0),
     metavar="NATS",
     help="Largest mean KL divergence to accept; by default likewise.",
 )
-@click.option("--provider", help="cpu, cuda, or an execution provider's full name.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
+@provider_option
+@json_option
 @click.pass_context
 def verify(
     ctx, export, against, adapter, prompts, tokens, max_difference, max_kl, provider, as_json

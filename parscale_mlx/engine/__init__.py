@@ -2,6 +2,7 @@
 
 from parscale_mlx.engine.engine import MlxEngine
 from parscale_mlx.engine.opening import open_engine
-from parscale_mlx.engine.work import CacheOptions
+
+from parscale_core.engine import CacheOptions
 
 __all__ = ["CacheOptions", "MlxEngine", "open_engine"]

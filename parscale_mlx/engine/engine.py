@@ -18,14 +18,14 @@ from parscale_mlx.engine.row import Row
 from parscale_mlx.engine.sampling import random_seed
 from parscale_mlx.engine.sharing import Sharing
 from parscale_mlx.engine.solo import Solo
-from parscale_mlx.engine.work import CacheOptions, Work
+from parscale_mlx.engine.work import Work
 from parscale_mlx.machine import device_name
 from parscale_mlx.model import Model
 from parscale_mlx.parallel.ranks import check_same
 from parscale_mlx.parallel.watch import SETTLE
 
 import mlx.core as mx
-from parscale_core.engine import Answer, Request, RequestState, check
+from parscale_core.engine import Answer, CacheOptions, Request, RequestState, check
 from parscale_core.engine.grammar import GrammarMatcher, grammar_tokenizer
 
 STOP = object()

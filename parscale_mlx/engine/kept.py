@@ -1,8 +1,6 @@
 """KV caches that are kept from one request to the next, by the tokens they hold."""
 
 import json
-import os
-import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from parscale_mlx.engine.mlx_lm_parts import (
 from parscale_mlx.model import Model
 
 import mlx.core as mx
+from parscale_core.checkpoint.output import working_file
 
 TOKENS = "parscale_tokens"
 MODEL = "parscale_model"
@@ -76,13 +75,8 @@ def save(file: Path, model: Model, caches: list, tokens: list[int]) -> None:
         OSError: the file cannot be written.
     """
     metadata = {TOKENS: json.dumps(tokens), MODEL: _signature(model)}
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".safetensors")
-    os.close(handle)
-    try:
-        save_prompt_cache(name, caches, metadata)
-        Path(name).replace(file)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    with working_file(file) as new:
+        save_prompt_cache(str(new), caches, metadata)
 
 
 def load(file: Path, model: Model) -> tuple[list, list[int]]:

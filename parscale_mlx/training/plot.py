@@ -4,6 +4,8 @@ from pathlib import Path
 
 from parscale_mlx.training.metrics import read_metrics
 
+from parscale_core.checkpoint.output import check_file
+
 FORMATS = (".png", ".svg")
 
 
@@ -21,10 +23,10 @@ def plot(runs: list[Path], output: Path, *, force: bool = False) -> None:
     """
     if output.suffix not in FORMATS:
         raise ValueError(f"{output}: not a {' or '.join(FORMATS)} file")
-    if output.exists() and not force:
-        raise FileExistsError(f"{output} exists already (--force replaces it)")
+    check_file(output, force=force)
     try:
         from matplotlib.figure import Figure
+        from parscale_core.analysis.figures import save
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'parscale[plot]'") from error
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -35,12 +37,7 @@ def plot(runs: list[Path], output: Path, *, force: bool = False) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    new = output.with_name(f".{output.name}.tmp")
-    try:
-        figure.savefig(new, format=output.suffix[1:], dpi=150)
-        new.replace(output)
-    finally:
-        new.unlink(missing_ok=True)
+    save(figure, output, dpi=150)
 
 
 def _draw(axes, run: Path) -> None:

@@ -48,14 +48,14 @@ def test_grafting(plain_model, tmp_path):
     text.write_text("Streams differ by what they have read. " * 30)
     result = run(
         *(plain_model, "-o", tmp_path / "out", "--streams", 2),
-        *("--prefix-tokens", 8, "--text", text),
+        *("--prefix-length", 8, "--text", text),
     )
     assert result.exit_code == 0, result.output
     assert "2 streams with 8 prefix tokens" in result.stdout
     assert "perplexity" in result.stdout and "before grafting" in result.stdout
     text.write_bytes(b"\xff\xfe\xfa")
     result = run(plain_model, "-o", tmp_path / "b", "--streams", 2, "--text", text)
-    assert isinstance(result.exception, ValueError) and "not UTF-8" in str(result.exception)
+    assert result.exit_code == 1 and "not UTF-8" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -69,10 +69,10 @@ def test_grafting(plain_model, tmp_path):
         (["--q-bits", "4"], "--q-bits needs --quantize"),
         (["--q-mode", "affine"], "--q-mode needs --quantize"),
         (["--quantize-all"], "--quantize-all needs --quantize"),
-        (["--prefix-tokens", "8"], "--prefix-tokens needs --streams"),
+        (["--prefix-length", "8"], "--prefix-length needs --streams"),
         (["--text", __file__], "--text needs --streams"),
         (["--streams", "1"], "1 is not in the range 2<=x<=64"),
-        (["--streams", "2", "--prefix-tokens", "0"], "0 is not in the range x>=1"),
+        (["--streams", "2", "--prefix-length", "0"], "0 is not in the range x>=1"),
         (["--streams", "2", "--text", "nowhere.txt"], "does not exist"),
     ],
 )

@@ -4,12 +4,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from parscale_core.checkpoint.output import working_file
 
-def save(figure: Figure, file: Path) -> None:
+
+def save(figure: Figure, file: Path, *, dpi: int = 100) -> None:
     """Write the figure, in the format that the file's ending names, whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial{file.suffix}")
-    try:
-        figure.savefig(partial, dpi=100)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    with working_file(file) as new:
+        figure.savefig(new, dpi=dpi)

@@ -1,7 +1,7 @@
 """Run a program that a model wrote, in a process of its own, with limits.
 
 This keeps accidents small: a program that does not end, eats memory, fills the disk or starts
-others. It is no wall against a program that means harm; give that a machine of its own.
+others. A program that means harm needs a machine of its own.
 """
 
 import functools

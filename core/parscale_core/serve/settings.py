@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from parscale_core.engine import Request, Sampling
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,8 +28,8 @@ class Settings:
     max_request_bytes: int = 1 << 20
     timeout: float = 600.0
     read_timeout: float = 30.0
-    temperature: float = 0.0
+    temperature: float = Sampling.temperature
     api_key: str | None = None
     allowed_origins: tuple[str, ...] = ()
     draft: int | str | None = None
-    num_draft_tokens: int = 3
+    num_draft_tokens: int = Request.num_draft_tokens

@@ -3,14 +3,18 @@
 from pathlib import Path
 
 import click
+from parscale_core.checkpoint.output import check_file
+
+from parscale_cli.options.command import option
 
 FORMATS = (".png", ".svg", ".pdf")
 
 
 def plot_option(what: str):
     """Add ``--plot FILE``; see ``check_plot`` and ``parscale_core.analysis.figures``."""
-    return click.option(
+    return option(
         "--plot",
+        section="Output",
         metavar="FILE",
         type=click.Path(dir_okay=False, path_type=Path),
         help=f"Draw {what} into this file, {', '.join(FORMATS)} by its ending.",
@@ -21,19 +25,17 @@ def check_plot(file: Path | None, *, force: bool) -> None:
     """Find out before the work whether ``file`` can be written.
 
     Raises:
-        click.UsageError: its ending is not a known format.
-        FileNotFoundError, FileExistsError: there is no such folder, or there is such a file and
-            ``force`` is not given.
+        click.UsageError: its ending is not a known format, or ``force`` without a plot.
+        OSError: it cannot be written; see ``check_file``.
         ImportError: matplotlib is not installed.
     """
     if file is None:
+        if force:
+            raise click.UsageError("--force needs --plot: there is nothing else to replace")
         return
     if file.suffix.lower() not in FORMATS:
         raise click.UsageError(f"--plot {file}: the name must end in {', '.join(FORMATS)}")
-    if not file.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{file}: no folder {file.parent}")
-    if file.exists() and not force:
-        raise FileExistsError(f"{file} exists already (--force replaces it)")
+    check_file(file, force=force)
     require("matplotlib", "--plot")
 
 

@@ -1,39 +1,25 @@
-"""Which engine runs a model, and the options that only one of them has."""
+"""Which engine runs a model, and how it is opened."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
+from parscale_core.engine import CacheOptions
+
+from parscale_cli.options.command import given, refuse, take
 
 HINTS = "PARSCALE_HINTS"
+CACHE_OPTIONS = {  # by the field of CacheOptions
+    "bits": "kv_bits",
+    "group_size": "kv_group_size",
+    "quantized_start": "quantized_kv_start",
+    "max_size": "max_kv_size",
+}
 NO_STREAMS = "this model was exported without --aggregation-weights: it does not tell them"
 ONNX_ONLY, SHARED = ("provider", "device_id", "threads", "cuda_graph"), ("streams", "adapters")
-OPTIONS = (
-    click.option("--runtime", type=click.Choice(["mlx", "onnx"]),
-                 help="What computes; by default onnx for a folder that export-onnx wrote. "
-                      "onnx exports another model once, into the user's cache folder."),
-    click.option("--provider", metavar="NAME",
-                 help="onnx: cpu, cuda or an execution provider's full name; "
-                      "by default CUDA where it works."),
-    click.option("--device-id", type=click.IntRange(0), default=0, show_default=True,
-                 help="onnx: which CUDA device."),
-    click.option("--threads", type=click.IntRange(1),
-                 help="onnx: threads on the CPU; by default one a core."),
-    click.option("--cuda-graph/--no-cuda-graph", default=None,
-                 help="onnx: record the step of one token as a CUDA graph and replay it; "
-                      "by default with fused operators on CUDA."),
-)  # fmt: skip
-
-
-def runtime_options(command: Callable) -> Callable:
-    """Add the options that choose and set up an engine to a Click command."""
-    for option in reversed(OPTIONS):
-        command = option(command)
-    return command
 
 
 def choose_runtime(model: str | None, runtime: str | None) -> str:
@@ -90,16 +76,17 @@ def open_served(
 
 
 def _own_options(ctx: click.Context, engine: str, options: dict) -> dict:
-    own = {}
+    own, found = {}, given(ctx)
     for name, value in options.items():
         if name in SHARED or (name in ONNX_ONLY) == (engine == "onnx"):
             own[name] = value
-        elif ctx.get_parameter_source(name) != ParameterSource.DEFAULT:
+        elif name in found:
             other = {"mlx": "onnx", "onnx": "mlx"}[engine]
             raise click.UsageError(
-                f"--{name.replace('_', '-')} is an option of --runtime {other}, and this runs "
-                f"with {engine}"
+                f"{found[name]} is an option of --runtime {other}, and this runs with {engine}"
             )
+    if "kv_bits" in own and own["kv_bits"] is None:
+        refuse(ctx, "needs --kv-bits", "kv_group_size", "quantized_kv_start")
     return own
 
 
@@ -119,25 +106,21 @@ def _open_mlx(
     *,
     streams: int | None = None,
     draft: int | str | None = None,
-    kv_bits: str | None = None,
-    kv_group_size: str = "64",
-    quantized_kv_start: int = 5000,
-    max_kv_size: int | None = None,
     prompt_cache: Path | None = None,
-    num_draft_tokens: int = 3,
+    num_draft_tokens: int | None = None,
     all_streams: bool = False,
     **options: Any,
 ) -> Any:
-    # The last two are options of requests, and of the command.
-    from parscale_mlx.engine import CacheOptions, open_engine
+    # Prompt caches and numbers of drafted tokens belong to requests, and to the command.
+    from parscale_mlx.engine import open_engine
 
-    bits = None if kv_bits is None else int(kv_bits)
+    cache = take(CacheOptions, options, **CACHE_OPTIONS)
     return open_engine(
         model,
         streams="all" if all_streams else (),
         default=streams,
         more_streams=(draft,) if isinstance(draft, int) else (),
-        cache=CacheOptions(bits, int(kv_group_size), quantized_kv_start, max_kv_size),
+        cache=CacheOptions(**cache),
         **options,
     )
 

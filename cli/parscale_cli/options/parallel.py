@@ -1,7 +1,6 @@
 """``--parallel``: one model over the processes that ``mlx.launch`` started."""
 
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import wraps
@@ -9,29 +8,10 @@ from pathlib import Path
 
 import click
 
+from parscale_cli.options.command import option, refuse
+from parscale_cli.options.types import Mode, Real
 
-class Mode(click.ParamType):
-    name = "mode"
-
-    def convert(self, value, param, ctx):
-        if value in ("streams", "tensor") or re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}", value):
-            return value
-        return self.fail(
-            "streams, tensor or SxT (4x2: four shares of the streams, two of the layers)",
-            param,
-            ctx,
-        )
-
-
-class Modes(click.ParamType):
-    """Modes with commas between: streams,tensor; a tuple, each once."""
-
-    name = "modes"
-
-    def convert(self, value, param, ctx) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        return tuple(dict.fromkeys(Mode().convert(mode, param, ctx) for mode in value.split(",")))
+WATCH_TIMEOUT = 60.0  # seconds
 
 
 def parallel_option(command: Callable) -> Callable:
@@ -43,6 +23,7 @@ def parallel_option(command: Callable) -> Callable:
     @wraps(command)
     def run(*args, parallel, watch_timeout, **options):
         if parallel is None:
+            refuse(click.get_current_context(), "needs --parallel", "watch_timeout")
             return command(*args, parallel=None, **options)
         if "-" in options.get("texts", ()):
             raise click.UsageError(
@@ -51,19 +32,21 @@ def parallel_option(command: Callable) -> Callable:
             )
         if options.get("prompt_cache") is not None:
             raise click.UsageError("--prompt-cache cannot go with --parallel")
-        with together(watch_timeout):
+        with joined(watch_timeout):
             return command(*args, parallel=parallel, **options)
 
-    run = click.option(
+    run = option(
         "--watch-timeout",
-        type=click.FloatRange(1),
-        default=60.0,
+        section="Several processes",
+        type=Real(1),
+        default=WATCH_TIMEOUT,
         show_default=True,
         metavar="SECONDS",
-        help="--parallel: end all processes when one of them gives no sign of life for so long.",
+        help="End all processes when one of them gives no sign of life for so long.",
     )(run)
-    return click.option(
+    return option(
         "--parallel",
+        section="Several processes",
         type=Mode(),
         metavar="MODE",
         help="Share the model with the other processes that mlx.launch started: their streams "
@@ -72,7 +55,7 @@ def parallel_option(command: Callable) -> Callable:
 
 
 @contextmanager
-def together(watch_timeout: float = 60.0) -> Iterator[None]:
+def joined(watch_timeout: float = WATCH_TIMEOUT) -> Iterator[None]:
     """What every rank runs: rank 0 alone prints, and an error of any is said once.
 
     Raises:

@@ -1,0 +1,59 @@
+"""Every failure is one line that names the file or the option, and never a traceback."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import click
+
+DEBUG = "PARSCALE_DEBUG"
+# What the packages raise of bad input, with a message for people. Other classes are named.
+SAID = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError)
+# Libraries write force=True and streams=4, as their callers do.
+FIELD = re.compile(r"\b([a-z][a-z_0-9]*)=(True\b)?")
+
+
+@contextmanager
+def one_line_errors(parameters: Sequence[click.Parameter] = ()) -> Iterator[None]:
+    """Turn exceptions into Click's, whose message is one line.
+
+    Args:
+        parameters: of the command that runs; fields of their names are written as its options.
+    """
+    try:
+        yield
+    # Click's own errors and control flow, and a closed pipe, are Click's to handle.
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:
+        if os.environ.get(DEBUG) or getattr(error, "errno", None) == errno.EPIPE:
+            raise
+        raise click.ClickException(one_line(error, parameters)) from error
+
+
+def one_line(error: Exception, parameters: Sequence[click.Parameter] = ()) -> str:
+    """What a person reads of an error: the file and the cause, with options as they are typed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror.lower()}"
+    elif isinstance(error, MemoryError):
+        text = f"not enough memory{f' ({text})' if text else ''}"
+    elif isinstance(error, UnicodeError) and type(error) is not UnicodeError:
+        text = f"not text in UTF-8 ({text})"
+    elif not isinstance(error, SAID) or not text:
+        text = f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
+    return with_dashes(text, parameters)
+
+
+def with_dashes(text: str, parameters: Sequence[click.Parameter]) -> str:
+    """A library's message with its fields as a command's options: --force for force=True."""
+    options = {p.name: max(p.opts, key=len) for p in parameters if isinstance(p, click.Option)}
+
+    def typed(match: re.Match) -> str:
+        if match[1] not in options:
+            return match[0]
+        return options[match[1]] + ("" if match[2] else " ")
+
+    return FIELD.sub(typed, text)
