@@ -165,7 +165,7 @@ def test_existing_outputs(tmp_path):
     output = tmp_path / "out"
     export_onnx(GOLDEN / "p4", output)
     before = (output / "model.onnx").read_bytes()
-    with pytest.raises(FileExistsError, match=r"out exists already \(--force"):
+    with pytest.raises(FileExistsError, match=r"out exists already \(force=True"):
         export_onnx(GOLDEN / "p1", output)
     assert (output / "model.onnx").read_bytes() == before
     export_onnx(GOLDEN / "p1", output, force=True)
