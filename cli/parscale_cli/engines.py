@@ -170,20 +170,28 @@ def find_export(model: str | None, adapters: Sequence[Path], *, all_logits: bool
 
 
 def open_all(
-    ctx: click.Context, model: str | None, runtime: str | None, options: dict, *, size: int
+    ctx: click.Context,
+    model: str | None,
+    runtime: str | None,
+    options: dict,
+    *,
+    size: int,
+    all_logits: bool,
 ) -> Any:
     """An engine for each number of streams in ``options`` (by default all that there are).
 
     Args:
         options: of the command; of them the engine takes those that are options of runtimes.
         size: answers to compute at a time.
+        all_logits: export a model with them, where it is exported first.
     """
     engine = choose_runtime(model, runtime)
     names = (*ONNX_ONLY, *SHARED, "parallel")
     own = _own_options(ctx, engine, {n: v for n, v in options.items() if n in names})
     wanted = own.pop("streams")
     if engine == "onnx":
-        return open_onnx(model, streams=wanted[0] if wanted else None, slots=size, **own)
+        own |= {"streams": wanted[0] if wanted else None, "all_logits": all_logits}
+        return open_onnx(model, slots=size, **own)
     from parscale_mlx.engine import open_engine
 
     return open_engine(model, streams=wanted or "all", batch_size=size, prompt_cache_size=0, **own)

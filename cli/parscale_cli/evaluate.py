@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from parscale_core.checkpoint.output import check_file, working_file
 
-from parscale_cli.engines import choose_runtime, follows, open_all
+from parscale_cli.engines import follows, open_all
 from parscale_cli.options.command import command, option, refuse
 from parscale_cli.options.model import FOLDER, many_streams_options, model_option
 from parscale_cli.options.output import force_option, json_option, output_option
@@ -181,8 +181,6 @@ def evaluate(ctx, model, runtime, output, force, as_json, **options):
             "--tasks cannot go with --parallel: the harness's model would give each process "
             "questions of its own; --code can"
         )
-    if tasks and choose_runtime(model, runtime) == "onnx":
-        raise click.UsageError("--tasks is an option of --runtime mlx; --code takes exports, too")
     _check(ctx, tasks, files, output, force, options)
     problems = _read_all(files, options["limit"])
     harness = manager = None
@@ -191,7 +189,8 @@ def evaluate(ctx, model, runtime, output, force, as_json, **options):
         manager, tasks = harness.open_tasks(tasks, folders)
     figures: list[Figure] = []
     completions: list[dict] = []
-    with open_all(ctx, model, runtime, options, size=options["batch_size"]) as engine:
+    size = options["batch_size"]
+    with open_all(ctx, model, runtime, options, size=size, all_logits=bool(tasks)) as engine:
         asked = [asdict(problem) for own in problems.values() for problem in own]
         if follows(engine, "problems or options", [asked, str(options)]):
             return
@@ -255,10 +254,12 @@ def _read_all(files: tuple[Path, ...], limit: int | None) -> dict[str, list["Pro
 
 
 def _import_harness() -> Any:
-    # The harness takes seconds to import, and looks at this then.
+    # The harness takes seconds to import, and what it imports looks at these then.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        from parscale_mlx import harness
+        from parscale_core.evaluation import harness
     except ModuleNotFoundError as error:
         if error.name and error.name.split(".")[0].startswith("parscale"):
             raise
@@ -283,6 +284,7 @@ def _run_tasks(
             count,
             max_tokens=options["max_tokens"],
             use_chat_template=use_template,
+            seed=options["seed"],
         ),
         manager,
         tasks,

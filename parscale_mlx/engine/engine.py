@@ -4,7 +4,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from parscale_mlx.engine.kept import KeptCaches
 from parscale_mlx.engine.mlx_lm_parts import generation_stream, unwrapped, wired_limit
 from parscale_mlx.engine.row import Row
 from parscale_mlx.engine.sampling import random_seed
+from parscale_mlx.engine.scoring import score
 from parscale_mlx.engine.sharing import Sharing
 from parscale_mlx.engine.solo import Solo
 from parscale_mlx.engine.work import Work
@@ -111,6 +112,12 @@ class MlxEngine:
         row = self._row(request)
         self._put(row)
         return row.answer
+
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], streams: int
+    ) -> Iterator[tuple[float, bool]]:
+        """As the protocol."""
+        return score(self.models[streams], pairs)
 
     def statistics(self) -> Mapping[str, float]:
         """As the protocol."""

@@ -62,6 +62,25 @@ class Engine(Protocol):
         """
         ...
 
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], streams: int
+    ) -> Iterator[tuple[float, bool]]:
+        """How likely given continuations of given contexts are, in their order.
+
+        Computed on the caller's thread, while no request is in work; cheaper where equal contexts
+        follow each other.
+
+        Args:
+            pairs: token ids of a context and of its continuation, neither empty; together at most
+                one more than ``context_length``.
+            streams: P.
+
+        Yields:
+            The sum of the log-probabilities of a continuation's tokens, in nats, and whether each
+            is the likeliest one.
+        """
+        ...
+
     def statistics(self) -> Mapping[str, float]:
         """Gauges: requests waiting and running, bytes and entries of kept caches, memory."""
         ...

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from parscale_core.engine.grammar import GrammarMatcher, grammar_tokenizer
 from parscale_export.runtime.decoder import Decoder
 from parscale_export.runtime.model import OnnxModel
 from parscale_export.runtime.row import RequestRow
+from parscale_export.runtime.scoring import score
 
 STOP = object()
 
@@ -55,6 +56,8 @@ class OnnxEngine:
         self.name = f"onnxruntime {model.provider}"
         self.failure: Exception | None = None
         self._slots, self._kept_bytes = slots, kept_bytes
+        self._models = {model.streams: model}
+        self._opening = threading.Lock()
         self._decoders = {model.streams: Decoder(model, slots, kept_bytes)}
         self._rows: list[RequestRow] = []  # all that are not answered yet
         # Requests for exports that are still being opened.
@@ -82,6 +85,12 @@ class OnnxEngine:
                 raise RuntimeError(f"the engine takes no requests: {why}")
             self._inbox.put(row)
         return row.answer
+
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], streams: int
+    ) -> Iterator[tuple[float, bool]]:
+        """As the protocol."""
+        return score(self._model(streams), pairs, self._slots, self._kept_bytes)
 
     def statistics(self) -> Mapping[str, float]:
         """As the protocol."""
@@ -174,9 +183,15 @@ class OnnxEngine:
 
     def _open(self, streams: int) -> None:
         try:
-            self._inbox.put((streams, self.others[streams]()))
+            self._inbox.put((streams, self._model(streams)))
         except Exception as error:
             self._inbox.put((streams, error))
+
+    def _model(self, streams: int) -> OnnxModel:
+        with self._opening:
+            if streams not in self._models:
+                self._models[streams] = self.others[streams]()
+            return self._models[streams]
 
     def _end_all(self) -> None:
         with self._lock:  # what is put into the inbox after this is refused

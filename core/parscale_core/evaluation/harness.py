@@ -1,6 +1,6 @@
-"""lm-evaluation-harness over a ParScale model."""
+"""lm-evaluation-harness over any engine."""
 
-import copy
+import random
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
@@ -8,38 +8,46 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from parscale_mlx.engine import MlxEngine
-
-import mlx.core as mx
-from lm_eval import simple_evaluate
-from lm_eval.api.model import LM, TemplateLM
+import lm_eval
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from mlx_lm.evaluate import MLXLM
+from tqdm import tqdm
+
 from parscale_core.checkpoint.tokenizer import check_tokens
-from parscale_core.engine import Request, Sampling
+from parscale_core.engine import Engine, Request, Sampling
 from parscale_core.finite import not_finite
 
 ANSWER_TOKENS = 256  # where a task does not say, as in the harness
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class ModelInHarness(TemplateLM, MLXLM):
-    """One of an engine's models: encoded as the harness has it, scored with mlx-lm's functions.
+class ModelInHarness(TemplateLM):
+    """An engine, as the harness asks models.
 
     The harness's own class says what an empty context is (a token that begins texts) and whose the
-    spaces between a context and a continuation are (the continuation's).
+    spaces between a context and a continuation are (the continuation's). What goes beyond that is
+    as in mlx-lm: contexts are encoded with a first token, unless a template wrote it.
 
     Args:
         streams: P.
         max_tokens: of an answer; by default what a task says.
+        seed: of answers that a task has sampled.
     """
 
     def __init__(
-        self, engine: MlxEngine, streams: int, *, max_tokens: int | None, use_chat_template: bool
+        self,
+        engine: Engine,
+        streams: int,
+        *,
+        max_tokens: int | None,
+        use_chat_template: bool,
+        seed: int = 0,
     ):
-        LM.__init__(self)
-        self._engine, self._streams = engine, streams
-        self._model: Any = engine.models[streams]
+        super().__init__()
+        self._engine, self._streams, self._seed = engine, streams, seed
         self.tokenizer: Any = engine.tokenizer
         self._answer_tokens, self.use_chat_template = max_tokens, use_chat_template
         self.context = engine.context_length or sys.maxsize
@@ -53,6 +61,18 @@ class ModelInHarness(TemplateLM, MLXLM):
         first = self.tokenizer.bos_token_id
         return self.eot_token_id if first is None else first
 
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not self.use_chat_template
@@ -62,12 +82,12 @@ class ModelInHarness(TemplateLM, MLXLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False):
         quiet = disable_tqdm or not sys.stderr.isatty()
-        scored = TemplateLM.loglikelihood(self, requests, disable_tqdm=quiet)
+        scored = super().loglikelihood(requests, disable_tqdm=quiet)
         _check_scores(score for score, _ in scored)
         return scored
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
-        scores = []
+        pairs, counts = [], []
         for request in requests:
             windows = get_rolling_token_windows(
                 self.tok_encode(request.args[0], add_special_tokens=False),
@@ -75,52 +95,52 @@ class ModelInHarness(TemplateLM, MLXLM):
                 max_seq_len=self.context,
                 context_len=1,
             )
-            pairs = [(("", ""), *make_disjoint_window(window)) for window in windows]
-            scores.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
+            own = [(("", ""), *make_disjoint_window(window)) for window in windows]
+            pairs += own
+            counts.append(len(own))
+        scored = iter(self._loglikelihood_tokens(pairs, disable_tqdm))
+        scores = [sum(next(scored)[0] for _ in range(count)) for count in counts]
         _check_scores(scores)
         return scores
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        answers = [self._engine.submit(self._request(*request.args)) for request in requests]
-        return ["".join(piece.text for piece in answer) for answer in answers]
+        answers = [
+            self._engine.submit(self._request(number, *request.args))
+            for number, request in enumerate(requests)
+        ]
+        return ["".join(piece.text for piece in answer) for answer in self._bar(answers, "answers")]
 
-    def _request(self, context: str, options: dict[str, Any]) -> Request:
+    def _request(self, number: int, context: str, asked: dict[str, Any]) -> Request:
+        options: dict[str, Any] = dict(normalize_gen_kwargs(asked, ANSWER_TOKENS))
         prompt = self.tok_encode(context) or [self.prefix_token_id]
-        most = self._answer_tokens or options.get("max_gen_toks", ANSWER_TOKENS)
+        most = self._answer_tokens or options["max_gen_toks"]
         # The prompt's end counts most; at least half of the context is its.
         prompt = prompt[-max(self.context - most, self.context // 2) :]
-        until = options.get("until") or []
-        stop = [until] if isinstance(until, str) else until
+        known = (*SAMPLING, "until", "max_gen_toks", "do_sample")
+        for name, value in options.items():
+            if name not in known and (name, value) != ("num_beams", 1):
+                raise ValueError(f"generation_kwargs of a task: {name} is not known here")
+        if options["do_sample"]:
+            options = {"temperature": 1.0, "seed": self._seed + number} | options
+        sampling = {name: options[name] for name in (*SAMPLING, "seed") if name in options}
         return Request(
             prompt,
             streams=self._streams,
-            sampling=Sampling(max_tokens=most),
-            stop=tuple(text for text in stop if text),
+            sampling=Sampling(max_tokens=most, **sampling),
+            stop=tuple(text for text in options["until"] if text),
         )
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
         """Of each (texts, context, continuation): its score, and whether it is the likeliest."""
-        scored, last, computed = [], None, None
+        pairs = []
         for _texts, context, continuation in requests:
             continuation = continuation[-self.context :]
-            context = context[-(self.context + 1 - len(continuation)) :]
-            if not continuation:
-                scored.append((0.0, True))
-                continue
-            # The answers to one question follow each other.
-            if computed is None or context != last:
-                last, computed = context, self._process_prompt(context)
-            logprobs, cache = computed
-            score = logprobs[0, continuation[0]].item()
-            is_greedy = continuation[0] == mx.argmax(logprobs).item()
-            if len(continuation) > 1:
-                more, _, greedy = self._score_fn(
-                    mx.array(continuation)[None], cache=copy.deepcopy(cache)
-                )
-                score += mx.sum(more).item()
-                is_greedy = is_greedy and mx.all(greedy).item()
-            scored.append((score, is_greedy))
-        return scored
+            pairs.append((context[-(self.context + 1 - len(continuation)) :], continuation))
+        scores = self._engine.score([pair for pair in pairs if pair[1]], self._streams)
+        return [next(scores) if pair[1] else (0.0, True) for pair in self._bar(pairs, "scores")]
+
+    def _bar(self, values: Sequence[Any], unit: str) -> Iterable[Any]:
+        return tqdm(values, f"P={self._streams}", unit=f" {unit}", disable=None, leave=False)
 
 
 def _check_scores(scores: Iterable[float]) -> None:
@@ -164,20 +184,22 @@ def evaluate(
     Raises:
         OSError: a task's data is neither here nor to be had.
     """
-    mx.random.seed(seed)
-    # What mlx-lm and the harness print on the way is not a result.
+    random.seed(seed)
+    np.random.seed(seed)
+    # What the harness prints on the way is not a result.
     with redirect_stdout(sys.stderr):
-        results = simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            task_manager=manager,
-            num_fewshot=num_fewshot,
+        # As its simple_evaluate, which also has git describe the folder it runs in.
+        loaded = manager.load(list(tasks))
+        for task in loaded["tasks"].values():
+            shots = task.get_config("num_fewshot")
+            if shots is None or (num_fewshot is not None and shots != 0):
+                task.set_config("num_fewshot", num_fewshot or 0)
+            task.set_fewshot_seed(seed)
+        results = lm_eval.evaluate(
+            model,
+            loaded,
             limit=limit,
             apply_chat_template=model.use_chat_template,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
             confirm_run_unsafe_code=run_unsafe_code,
             log_samples=False,
         )
