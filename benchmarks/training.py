@@ -19,13 +19,13 @@ from pathlib import Path
 import parscale_mlx  # before mlx: it loads a fast BLAS
 from parscale_mlx.graft import graft, grafted_config, make_prefixes
 from parscale_mlx.training.optimizer import make_optimizer
-from parscale_mlx.training.settings import TrainSettings
 from parscale_mlx.training.start import Start, train_streams_only
 from parscale_mlx.training.step import make_step
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.train_settings import TrainSettings
 
 PREFIX = 48
 
@@ -47,7 +47,7 @@ def make_side(config: dict, streams: int, frozen: bool, shape: tuple[int, int]) 
     model = parscale_mlx.Model(ModelConfig.from_dict(config))
     if streams > 1:
         pieces = mx.random.randint(0, config["vocab_size"], (streams, PREFIX))
-        grafted = grafted_config(config, streams=streams, prefix_tokens=PREFIX)
+        grafted = grafted_config(config, streams=streams, prefix_length=PREFIX)
         graft(model, grafted, make_prefixes(model, pieces))
     if frozen:
         train_streams_only(model, mx.float32)

@@ -52,7 +52,7 @@ class Conversion:
     dtype: str
     quantization: dict | None
     streams: int
-    prefix_tokens: int
+    prefix_length: int
     base_perplexity: float | None = None
     perplexity: float | None = None
     uploaded_to: str | None = None
@@ -77,7 +77,7 @@ def convert(
     quantization: Quantization | None = None,
     q_text: str | None = None,
     streams: int | None = None,
-    prefix_tokens: int = 48,
+    prefix_length: int = 48,
     text: str | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
@@ -99,7 +99,7 @@ def convert(
         quantization: how to quantise all but the prefixes and the aggregator; None for not at all.
         q_text: what a learnt recipe learns from; by default English that comes with Python.
         streams: graft this many streams onto a plain model.
-        prefix_tokens: the length of the grafted prefixes.
+        prefix_length: the length of the grafted prefixes.
         text: what the grafted prefixes are made from; by default English that comes with Python.
         revision: a branch, tag or commit of a hub repository.
         upload_repo: a hub repository to upload the result to.
@@ -135,7 +135,7 @@ def convert(
     if dry_run:
         model, config = _outline(found, cast)
         if streams is not None:
-            model, config = _graft_blank(model, config, streams, prefix_tokens)
+            model, config = _graft_blank(model, config, streams, prefix_length)
         if quantization is not None:
             how = replace(quantization, recipe=None) if quantization.learns else quantization
             config = _quantize(found, model, config, how)
@@ -150,7 +150,7 @@ def convert(
         model, config = load_model(folder, lazy=True, dtype=cast)
         perplexities = None
         if streams is not None:
-            sizes = dict(streams=streams, prefix_tokens=prefix_tokens)
+            sizes = dict(streams=streams, prefix_length=prefix_length)
             config, perplexities = _graft(folder, model, config, text, progress, **sizes)
         if quantization is not None and quantization.learns:
             model, config = _learn(found, folder, model, config, quantization, q_text)
@@ -289,11 +289,11 @@ def _graft(
 
 
 def _graft_blank(
-    model: Model, config: dict, streams: int, prefix_tokens: int
+    model: Model, config: dict, streams: int, prefix_length: int
 ) -> tuple[Model, dict]:
-    config = graft.grafted_config(config, streams=streams, prefix_tokens=prefix_tokens)
+    config = graft.grafted_config(config, streams=streams, prefix_length=prefix_length)
     args = ModelConfig.from_dict(config)
-    zeros = mx.zeros((streams, args.num_key_value_heads, prefix_tokens, args.head_dim))
+    zeros = mx.zeros((streams, args.num_key_value_heads, prefix_length, args.head_dim))
     graft.graft(model, config, [(zeros, zeros)] * args.num_hidden_layers)
     return model, config
 
@@ -342,7 +342,7 @@ def _describe(
         dtype=dtype_name(model),
         quantization=config.get("quantization"),
         streams=model.args.streams,
-        prefix_tokens=model.args.prefix_length if prefixes else 0,
+        prefix_length=model.args.prefix_length if prefixes else 0,
         base_perplexity=before,
         perplexity=after,
     )

@@ -53,7 +53,7 @@ def fuse(
     streams = load_adapter(adapter, backbone=folder)
     check_weights([*find_safetensors(folder).files, Path(adapter) / WEIGHTS])
     backbone, config = load_model(folder, lazy=True)
-    sizes = dict(streams=streams.streams, prefix_tokens=streams.prefix_length)
+    sizes = dict(streams=streams.streams, prefix_length=streams.prefix_length)
     config = grafted_config(config, **sizes) | {"parscale_attn_smooth": streams.smoothing}
     fused = with_streams(backbone, streams)
     if to == "hf":

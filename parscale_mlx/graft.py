@@ -31,7 +31,7 @@ WINDOW, WINDOWS = 256, 4  # tokens a window, and windows, of the text that perpl
 class Pieces:
     """Token ids of a text: what the prefixes are made from, and what was held out."""
 
-    prefixes: mx.array  # [P, prefix_tokens]
+    prefixes: mx.array  # [P, prefix_length]
     held_out: mx.array  # [windows, L]
 
 
@@ -45,12 +45,12 @@ def default_text() -> str:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "this Python has no pydoc_data; give a text of your own (--text)"
+            "this Python has no pydoc_data; give a text of your own (`text`)"
         ) from error
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def cut_pieces(tokenizer, text: str, *, streams: int, prefix_tokens: int) -> Pieces:
+def cut_pieces(tokenizer, text: str, *, streams: int, prefix_length: int) -> Pieces:
     """Cut a text into one piece for each stream, evenly spaced, and held-out windows at its end.
 
     Every piece starts as the tokenizer starts a text: with its beginning-of-text token, if any.
@@ -60,21 +60,21 @@ def cut_pieces(tokenizer, text: str, *, streams: int, prefix_tokens: int) -> Pie
     """
     start = tokenizer.encode("")
     ids = tokenizer.encode(text)[len(start) :]
-    room = len(ids) - streams * prefix_tokens
+    room = len(ids) - streams * prefix_length
     window = min(WINDOW, room // WINDOWS)
     if window < 16:
         raise ValueError(
-            f"the text has {len(ids)} tokens; {streams} prefixes of {prefix_tokens} and what is "
-            f"held out need {streams * prefix_tokens + 16 * WINDOWS}"
+            f"the text has {len(ids)} tokens; {streams} prefixes of {prefix_length} and what is "
+            f"held out need {streams * prefix_length + 16 * WINDOWS}"
         )
     held_out = ids[-window * WINDOWS :]
     step = (len(ids) - len(held_out)) // streams
-    prefixes = [(start + ids[n * step :])[:prefix_tokens] for n in range(streams)]
+    prefixes = [(start + ids[n * step :])[:prefix_length] for n in range(streams)]
     windows = [held_out[n * window : (n + 1) * window] for n in range(WINDOWS)]
     return Pieces(mx.array(prefixes), mx.array([start + w for w in windows]))
 
 
-def grafted_config(config: dict, *, streams: int, prefix_tokens: int) -> dict:
+def grafted_config(config: dict, *, streams: int, prefix_length: int) -> dict:
     """The ``config.json`` of a plain model after it was given streams.
 
     Raises:
@@ -82,8 +82,8 @@ def grafted_config(config: dict, *, streams: int, prefix_tokens: int) -> dict:
     """
     if not 1 <= streams <= MAX_STREAMS:
         raise ValueError(f"{streams} streams: not a number from 1 to {MAX_STREAMS}")
-    if prefix_tokens < 1:
-        raise ValueError(f"a prefix of {prefix_tokens} tokens: not at least 1")
+    if prefix_length < 1:
+        raise ValueError(f"a prefix of {prefix_length} tokens: not at least 1")
     if config.get("parscale_n", 1) > 1:
         raise ValueError(f"the model already has {config['parscale_n']} streams")
     if config.get("parscale_prefix"):
@@ -95,7 +95,7 @@ def grafted_config(config: dict, *, streams: int, prefix_tokens: int) -> dict:
             "model_type": f"{family}_parscale",
             "architectures": [ARCHITECTURES[family]],
             "parscale_n": streams,
-            "parscale_n_tokens": prefix_tokens,
+            "parscale_n_tokens": prefix_length,
             "parscale_attn_smooth": config.get("parscale_attn_smooth", 0.01),
         }
         | ({"parscale_prefix": True} if streams == 1 else {})
@@ -103,13 +103,13 @@ def grafted_config(config: dict, *, streams: int, prefix_tokens: int) -> dict:
 
 
 def make_prefixes(model: Model, pieces: mx.array) -> list[tuple[mx.array, mx.array]]:
-    """For each layer of a plain model, its keys and values over ``pieces`` [P, prefix_tokens].
+    """For each layer of a plain model, its keys and values over ``pieces`` [P, prefix_length].
 
     A prefix key takes no rotary embedding: a model with streams rotates all of them by the prefix's
-    length. So key i, which the cache holds rotated by i, is stored rotated by i - prefix_tokens.
+    length. So key i, which the cache holds rotated by i, is stored rotated by i - prefix_length.
 
     Returns:
-        Keys and values, [P, kv_heads, prefix_tokens, head_dim] each.
+        Keys and values, [P, kv_heads, prefix_length, head_dim] each.
     """
     caches = model.make_cache()
     model.model(pieces, caches)

@@ -169,7 +169,7 @@ def load_draft(path_or_name: str | Path, tokenizer: TokenizerWrapper) -> Model:
     draft, own = load(path_or_name)
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"--draft-model {path_or_name}: its vocabulary of {own.vocab_size} tokens is not the "
+            f"draft_model={path_or_name}: its vocabulary of {own.vocab_size} tokens is not the "
             f"model's of {tokenizer.vocab_size}"
         )
     _warm_up(draft, path_or_name)

@@ -155,7 +155,7 @@ def convert(source, output, quantize, text_file, q_text_file, prefix_length, as_
         output,
         quantization=_quantization(asked, q_text_file) if quantize else None,
         q_text=_read_text(q_text_file),
-        prefix_tokens=prefix_length or 48,
+        prefix_length=prefix_length or 48,
         text=_read_text(text_file),
         progress=True,
         **options,
@@ -200,8 +200,8 @@ def _read_text(file: Path | None) -> str | None:
 
 def _print(result, dry_run: bool) -> None:
     streams = f"{result.streams} stream{'s' if result.streams > 1 else ''}"
-    if result.prefix_tokens:
-        streams += f" with {result.prefix_tokens} prefix tokens"
+    if result.prefix_length:
+        streams += f" with {result.prefix_length} prefix tokens"
     kind = result.dtype
     if result.quantization:
         q = result.quantization

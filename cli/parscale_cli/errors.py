@@ -11,8 +11,8 @@ import click
 DEBUG = "PARSCALE_DEBUG"
 # What the packages raise of bad input, with a message for people. Other classes are named.
 SAID = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError)
-# Libraries write force=True and streams=4, as their callers do.
-FIELD = re.compile(r"\b([a-z][a-z_0-9]*)=(True\b)?")
+# Libraries write force=True and streams=4, as their callers do, or a field between backquotes.
+FIELD = re.compile(r"`([a-z][a-z_0-9]*)(?:=([^`]*))?`|\b([a-z][a-z_0-9]*)=(True\b)?")
 
 
 @contextmanager
@@ -52,8 +52,11 @@ def with_dashes(text: str, parameters: Sequence[click.Parameter]) -> str:
     options = {p.name: max(p.opts, key=len) for p in parameters if isinstance(p, click.Option)}
 
     def typed(match: re.Match) -> str:
-        if match[1] not in options:
+        quoted, value, name, flag = match.groups()
+        if (quoted or name) not in options:
             return match[0]
-        return options[match[1]] + ("" if match[2] else " ")
+        if quoted:
+            return options[quoted] + (f" {value}" if value else "")
+        return options[name] + ("" if flag else " ")
 
     return FIELD.sub(typed, text)

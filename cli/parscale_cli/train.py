@@ -5,153 +5,155 @@ import json
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
+from parscale_core.train_settings import DTYPES, INITS, STAGES, TrainSettings
 
-from parscale_cli.options.command import command
+from parscale_cli.errors import with_dashes
+from parscale_cli.options.command import command, given, option, refuse
+from parscale_cli.options.model import FOLDER
+from parscale_cli.options.output import force_option, json_option, output_option
+from parscale_cli.options.types import Real, Whole
 
-READABLE = click.Path(exists=True, file_okay=False, path_type=Path)
+
+def _setting(section: str, *names: str, **settings):
+    return option(*names, section=section, of=TrainSettings, **settings)
 
 
 @command()
-@click.option(
-    "--stage",
-    type=click.Choice(["pretrain", "streams"]),
-    help="Train a decoder on packed documents, or P streams over one.",
+@_setting(
+    "Model", "--model", metavar="DIR|NAME", help="The model to start from: a folder or hub name."
 )
-@click.option("--model", metavar="DIR|NAME", help="The model to start from: a folder or hub name.")
-@click.option(
+@_setting(
+    "Model",
     "--config",
-    type=READABLE,
+    type=FOLDER,
     metavar="DIR",
     help="Start from nothing but this folder's config.json and tokenizer.",
 )
-@click.option("--adapter", type=READABLE, metavar="DIR", help="A stream adapter to start from.")
-@click.option(
+@_setting("Model", "--adapter", type=FOLDER, metavar="DIR", help="A stream adapter to start from.")
+@option(
+    "--stage",
+    section="Model",
+    type=click.Choice(STAGES),
+    help="Train a decoder on packed documents, or P streams over one.",
+)
+@option(
+    "--freeze-backbone/--train-all",
+    "frozen",
+    section="Model",
+    default=True,
+    help="Train prefixes and aggregator only, to an adapter (default), or the whole model.",
+)
+@_setting(
+    "Model", "--dtype", type=click.Choice(DTYPES), help="Type of the weights that are trained."
+)
+@option(
     "--data",
+    section="Data",
     multiple=True,
     metavar="PATH|NAME",
     help="Text, JSON lines as mlx-lm takes them, a folder of either, or a hub data set.",
 )
-@click.option("--valid", multiple=True, metavar="PATH|NAME", help="Held-out data, as --data.")
-@click.option(
+@option(
+    "--valid", section="Data", multiple=True, metavar="PATH|NAME", help="Held-out data, as --data."
+)
+@_setting(
+    "Data",
     "--hold-out",
-    type=click.FloatRange(0, 0.5),
-    default=0.05,
-    show_default=True,
+    type=Real(0, 0.5),
     help="Without --valid, hold out this share of the documents.",
 )
-@click.option(
-    "--pattern", default="*", show_default=True, help='Which files of a folder, such as "*.py".'
+@_setting("Data", "--pattern", help='Which files of a folder, such as "*.py".')
+@_setting(
+    "Data", "--seq-length", type=Whole(1), help="Tokens of a packed window; at most, of a sample."
 )
-@click.option(
-    "-o",
-    "--output",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="The run's folder: metrics, checkpoints, and in the end model or adapter.",
+@_setting("Data", "--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
+@_setting(
+    "Streams",
+    "--streams",
+    type=Whole(1, 64),
+    metavar="P",
+    help="Graft P streams; 1 is a prefix alone, to compare streams with.",
 )
-@click.option(
+@_setting("Streams", "--prefix-length", type=Whole(1), help="Tokens of the grafted prefixes.")
+@_setting(
+    "Streams",
+    "--smoothing",
+    type=Real(0, 1),
+    help="Share of the streams' weights that is spread evenly.",
+)
+@_setting(
+    "Streams",
+    "--init",
+    type=click.Choice(INITS),
+    help="Make the grafted prefixes from pieces of the training text, or at random.",
+)
+@_setting(
+    "Streams",
+    "--prefix-projection",
+    is_flag=True,
+    help="Train a small MLP that makes the prefixes, as PEFT does; the adapter holds what it made.",
+)
+@_setting(
+    "Streams",
+    "--encoder-hidden-size",
+    type=Whole(1),
+    help="Size of that MLP's hidden layer.  [default: the model's hidden size]",
+)
+@_setting("Steps", "--batch-size", type=Whole(1), help="Sequences at a time, over all machines.")
+@_setting("Steps", "--accumulate", type=Whole(1), help="Batches whose gradients make one step.")
+@_setting("Steps", "--steps", type=Whole(1), help="Steps of the optimiser.")
+@_setting("Steps", "--lr", type=Real(0, min_open=True), help="Learning rate at its peak.")
+@_setting(
+    "Steps",
+    "--streams-lr",
+    type=Real(0, min_open=True),
+    help="The same, of the prefixes.  [default: as --lr]",
+)
+@_setting(
+    "Steps",
+    "--aggregator-lr",
+    type=Real(0, min_open=True),
+    help="The same, of the aggregator: where it learns faster than the prefixes, it soon takes one "
+    "stream for all.  [default: as --streams-lr]",
+)
+@_setting(
+    "Steps", "--warmup", type=Whole(0), help="Steps of warm-up.  [default: a twentieth of all]"
+)
+@_setting(
+    "Steps",
+    "--final-lr",
+    type=Real(0, 1),
+    help="Where the cosine decay ends, as a share of the peak.",
+)
+@_setting("Steps", "--weight-decay", type=Real(0), help="AdamW's.")
+@_setting("Steps", "--clip", type=Real(0), help="The gradients' norm at most; 0 for any.")
+@_setting(
+    "Steps",
+    "--grad-checkpoint",
+    is_flag=True,
+    help="Compute layers twice instead of keeping their values.",
+)
+@_setting("Steps", "--seed", type=Whole(0, 2**64 - 1), help="Seed of random numbers.")
+@output_option("The run's folder: metrics, checkpoints, and in the end model or adapter.")
+@option(
     "--resume",
-    type=READABLE,
+    section="Output",
+    type=FOLDER,
     metavar="DIR",
     help="Go on with this run from its last checkpoint; takes no other option.",
 )
-@click.option(
-    "--freeze-backbone/--train-all",
-    "frozen",
-    default=True,
-    help="Train prefixes and aggregator only, to an adapter (default), or the whole model.",
+@force_option("Replace the output if it is a run's folder.")
+@_setting("Output", "--report-every", type=Whole(1), help="Steps from one report to the next.")
+@_setting("Output", "--eval-every", type=Whole(1), help="Steps from one evaluation to the next.")
+@_setting(
+    "Output", "--eval-sequences", type=Whole(1), help="Evaluate on this many only.  [default: all]"
 )
-@click.option("--streams", type=click.IntRange(1, 64), metavar="P",
-    help="Graft P streams; 1 is a prefix alone, to compare streams with.",
-)  # fmt: skip
-@click.option(
-    "--prefix-tokens", type=click.IntRange(1), default=48, show_default=True,
-    help="Length of the grafted prefixes.",
-)  # fmt: skip
-@click.option(
-    "--smooth", type=click.FloatRange(0, 1), default=0.01, show_default=True,
-    help="Share of the streams' weights that is spread evenly.",
-)  # fmt: skip
-@click.option(
-    "--init",
-    type=click.Choice(["text", "random"]),
-    default="text",
-    show_default=True,
-    help="Make the grafted prefixes from pieces of the training text, or at random.",
-)
-@click.option(
-    "--prefix-projection", is_flag=True,
-    help="Train a small MLP that makes the prefixes, as PEFT does; the adapter holds what it made.",
-)  # fmt: skip
-@click.option(
-    "--encoder-hidden-size", type=click.IntRange(1),
-    help="Size of that MLP's hidden layer.  [default: the model's hidden size]",
-)  # fmt: skip
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Type of the weights that are trained.",
-)
-@click.option(
-    "--seq-length", type=click.IntRange(1), default=512, show_default=True,
-    help="Tokens of a packed window; at most, of a sample.",
-)  # fmt: skip
-@click.option("--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
-@click.option(
-    "--batch-size", type=click.IntRange(1), default=8, show_default=True,
-    help="Sequences at a time, over all machines.",
-)  # fmt: skip
-@click.option(
-    "--accumulate", type=click.IntRange(1), default=1, show_default=True,
-    help="Batches whose gradients make one step.",
-)  # fmt: skip
-@click.option("--steps", type=click.IntRange(1), default=1000, show_default=True)
-@click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True,
-    help="Learning rate at its peak.",
-)  # fmt: skip
-@click.option(
-    "--streams-lr", type=click.FloatRange(0, min_open=True),
-    help="The same, of the prefixes.  [default: as --lr]",
-)  # fmt: skip
-@click.option(
-    "--aggregator-lr", type=click.FloatRange(0, min_open=True),
-    help="The same, of the aggregator: where it learns faster than the prefixes, it soon takes one "
-    "stream for all.  [default: as --streams-lr]",
-)  # fmt: skip
-@click.option(
-    "--warmup", type=click.IntRange(0), help="Steps of warm-up.  [default: a twentieth of all]"
-)
-@click.option(
-    "--final-lr", type=click.FloatRange(0, 1), default=0.1, show_default=True,
-    help="Where the cosine decay ends, as a share of the peak.",
-)  # fmt: skip
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.1, show_default=True)
-@click.option(
-    "--clip", type=click.FloatRange(0), default=1.0, show_default=True,
-    help="The gradients' norm at most; 0 for any.",
-)  # fmt: skip
-@click.option(
-    "--grad-checkpoint", is_flag=True, help="Compute layers twice instead of keeping their values."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--report-every", type=click.IntRange(1), default=10, show_default=True)
-@click.option("--eval-every", type=click.IntRange(1), default=200, show_default=True)
-@click.option(
-    "--eval-sequences", type=click.IntRange(1), help="Evaluate on this many only.  [default: all]"
-)
-@click.option("--save-every", type=click.IntRange(1), default=200, show_default=True)
-@click.option(
-    "--keep", type=click.IntRange(1), default=3, show_default=True, help="Checkpoints to keep."
-)
-@click.option("--report-to", metavar="NAMES", help="Report to wandb, swanlab, or both.")
-@click.option("--project-name", metavar="NAME", help="The project's name there.")
-@click.option("--force", is_flag=True, help="Replace the output if it is a run's folder.")
-@click.option("--quiet", is_flag=True, help="No progress on standard error.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+@_setting("Output", "--save-every", type=Whole(1), help="Steps from one checkpoint to the next.")
+@_setting("Output", "--keep", type=Whole(1), help="Checkpoints to keep.")
+@_setting("Output", "--report-to", metavar="NAMES", help="Report to wandb, swanlab, or both.")
+@_setting("Output", "--project-name", metavar="NAME", help="The project's name there.")
+@option("--quiet", section="Output", is_flag=True, help="No progress on standard error.")
+@json_option
 @click.pass_context
 def train(context, resume, force, quiet, as_json, **options):
     """Train a decoder (--stage pretrain), or P streams over one (--stage streams).
@@ -164,27 +166,23 @@ def train(context, resume, force, quiet, as_json, **options):
         for name in ("stage", "output"):
             if options[name] is None:
                 raise click.UsageError(f"give --{name}, or --resume with a run's folder")
+        settings = _settings(context, options)
     from parscale_mlx import training
 
     if resume is not None:
         result = training.resume(resume, progress=not quiet)
     else:
-        settings = _settings(training.TrainSettings, options)
         result = training.train(settings, force=force, progress=not quiet)
     _print(result, as_json)
 
 
 def _refuse_others(context) -> None:
-    allowed = {"resume", "quiet", "as_json"}
-    for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name) == ParameterSource.COMMANDLINE
-        if given and parameter.name not in allowed:
-            raise click.UsageError(
-                f"{parameter.opts[0]} cannot go with --resume: a run keeps its settings"
-            )
+    for name, spelt in given(context).items():
+        if name not in ("resume", "quiet", "as_json"):
+            raise click.UsageError(f"{spelt} cannot go with --resume: a run keeps its settings")
 
 
-def _settings(kind, options: dict):
+def _settings(context: click.Context, options: dict) -> TrainSettings:
     options["train_all"] = not options.pop("frozen") and options["stage"] == "streams"
     for name in ("data", "valid"):
         # A run may be resumed from another folder.
@@ -197,12 +195,25 @@ def _settings(kind, options: dict):
         options["model"] = str(Path(options["model"]).expanduser().resolve())
     for name in ("config", "adapter"):
         options[name] = options[name] and str(options[name].resolve())
-    settings = kind(**options | {"output": str(options["output"])})
+    settings = TrainSettings(**options | {"output": str(options["output"])})
     try:
         settings.check()
     except ValueError as error:
-        raise click.UsageError(str(error)) from error
+        raise click.UsageError(with_dashes(str(error), context.command.params)) from error
+    _check_used(context, settings)
     return settings
+
+
+def _check_used(context: click.Context, settings: TrainSettings) -> None:
+    """Refuse options that this run would ignore."""
+    if settings.valid:
+        refuse(context, "cannot go with --valid", "hold_out")
+    if not any(Path(path).is_dir() for path in (*settings.data, *settings.valid)):
+        refuse(context, "needs a folder as --data or --valid", "pattern")
+    if settings.streams is None:
+        refuse(context, "needs --streams", "prefix_length", "smoothing", "init")
+    if settings.report_to is None:
+        refuse(context, "needs --report-to", "project_name")
 
 
 def _print(result, as_json: bool) -> None:

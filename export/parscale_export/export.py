@@ -259,13 +259,13 @@ def _check_model(config: ModelConfig, options: Options, folder: Path, target: st
     if options.ops == "fused" and config.head_dim % 16:
         raise ValueError(
             f"{folder / 'config.json'}: head_dim {config.head_dim} is not a multiple of 16, which "
-            "GroupQueryAttention needs; use --ops standard"
+            "GroupQueryAttention needs; use `ops=standard`"
         )
     heads, _, _ = folded_heads(config, options.kv_layout)
     if target in targets.CUDA and options.ops == "fused" and heads > MAX_CUDA_HEADS:
         raise ValueError(
             f"{folder / 'config.json'}: {heads} heads in a row are more than the {MAX_CUDA_HEADS} "
-            "that GroupQueryAttention on CUDA takes; use --target cuda with --kv-layout batch"
+            "that GroupQueryAttention on CUDA takes; use `target=cuda` with `kv_layout=batch`"
         )
 
 

@@ -183,7 +183,7 @@ def shard_model(model: Model, parallel: Parallel) -> None:
         model.model.gather = parallel.gather_streams
     for layer in model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        # [P, kv_heads, prefix_tokens, head_dim]
+        # [P, kv_heads, prefix_length, head_dim]
         for axis, share in enumerate((streams, tensor)):
             shard_inplace(attention, _axis_of_prefixes(axis), group=share)
         if tensor.count == 1:

@@ -31,8 +31,8 @@ def bound(documents: list[Document], seq_length: int, *, truncate: bool) -> list
     for document in documents:
         if len(document.tokens) > seq_length + 1 and not truncate:
             raise ValueError(
-                f"{document.source}: {len(document.tokens)} tokens are more than --seq-length "
-                f"{seq_length} allows (--truncate cuts such)"
+                f"{document.source}: {len(document.tokens)} tokens are more than "
+                f"seq_length={seq_length} allows (truncate=True cuts such)"
             )
         tokens = document.tokens[: seq_length + 1]
         if len(tokens) > max(1, document.prompt):

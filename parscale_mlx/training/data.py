@@ -7,9 +7,9 @@ from pathlib import Path
 from parscale_mlx.tokenizer import load_tokenizer
 from parscale_mlx.training.batches import bound, pack, split
 from parscale_mlx.training.documents import Document, read_documents, valid_beside
-from parscale_mlx.training.settings import TrainSettings
 
 from parscale_core.checkpoint.config import read_config
+from parscale_core.train_settings import TrainSettings
 
 
 @dataclass
@@ -67,8 +67,8 @@ def _sequences(
     if not sequences:
         tokens = sum(len(d.tokens) for d in documents)
         raise ValueError(
-            f"{', '.join(paths)}: {tokens} tokens are too few for one sequence of --seq-length "
-            f"{settings.seq_length}"
+            f"{', '.join(paths)}: {tokens} tokens are too few for one sequence of "
+            f"seq_length={settings.seq_length}"
         )
     return sequences
 

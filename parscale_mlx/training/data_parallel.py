@@ -34,7 +34,7 @@ def check_batch_size(batch_size: int) -> None:
         ValueError: the processes cannot share a batch evenly.
     """
     if batch_size % size():
-        raise ValueError(f"--batch-size {batch_size}: not a multiple of the {size()} processes")
+        raise ValueError(f"batch_size={batch_size}: not a multiple of the {size()} processes")
 
 
 def check_same_data(fingerprint: str) -> None:

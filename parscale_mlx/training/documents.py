@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import transformers
 from mlx_lm.tuner.datasets import create_dataset, load_hf_dataset
+from parscale_core.checkpoint.hub import check_data_set
 from parscale_core.jsonl import read_lines
 
 FORMS = '{"text": ...}, {"messages": [...]} or {"prompt": ..., "completion": ...}'
@@ -103,6 +104,7 @@ def _read_lines(file: Path, tokenizer, mask_prompt: bool) -> list[Document]:
 
 
 def _read_hub(name: str, tokenizer, mask_prompt: bool) -> list[Document]:
+    check_data_set(name)
     try:
         train, _, _ = load_hf_dataset(name, tokenizer, SimpleNamespace(mask_prompt=mask_prompt))
     except ImportError as error:

@@ -19,7 +19,6 @@ from parscale_mlx.training.data import Data, read_data
 from parscale_mlx.training.metrics import Metrics, make_reporters
 from parscale_mlx.training.optimizer import make_optimizer
 from parscale_mlx.training.progress import Progress
-from parscale_mlx.training.settings import FILE, TrainSettings, load_settings
 from parscale_mlx.training.start import Start, make_start, start_folder
 from parscale_mlx.training.step import (
     grad_checkpointing,
@@ -33,6 +32,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.callbacks import TrainingCallback
 from parscale_core.checkpoint.output import check_output, place, working_folder
+from parscale_core.train_settings import FILE, TrainSettings, load_settings
 
 
 @dataclass
@@ -163,7 +163,7 @@ def _loop(run: Run, bar: Progress, callback: TrainingCallback) -> TrainResult:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise RuntimeError(
                 f"step {position.step + 1}: the loss is {loss / count} and the gradients' norm "
-                f"{norm}; {_last_good(run)}; a lower --lr or --clip may help"
+                f"{norm}; {_last_good(run)}; a lower `lr` or `clip` may help"
             )
         position.step += 1
         position.trained_tokens += int(count)
@@ -231,7 +231,7 @@ def _check_finite(run: Run) -> None:
     if not all(mx.all(mx.isfinite(a)).item() for a in weights):
         raise RuntimeError(
             f"step {run.position.step}: a weight is no finite number any more; {_last_good(run)}; "
-            f"a lower --lr may help"
+            f"a lower `lr` may help"
         )
 
 

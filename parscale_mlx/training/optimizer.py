@@ -3,13 +3,13 @@
 from collections.abc import Callable
 
 from parscale_mlx.training.prefix_encoder import NAME
-from parscale_mlx.training.settings import TrainSettings
 from parscale_mlx.training.start import Start
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx_lm.tuner.utils import build_schedule
 from parscale_core.checkpoint.names import is_prefix, is_stream_tensor
+from parscale_core.train_settings import TrainSettings
 
 BETAS = [0.9, 0.95]
 

@@ -16,7 +16,6 @@ from parscale_mlx.training.prefix_encoder import (
     instead_of_prefixes,
     take_prefixes,
 )
-from parscale_mlx.training.settings import TrainSettings
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +24,7 @@ from parscale_core.checkpoint.adapter import fingerprint
 from parscale_core.checkpoint.config import read_config
 from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.names import is_stream_tensor
+from parscale_core.train_settings import TrainSettings
 
 
 @dataclass
@@ -77,7 +77,7 @@ def start_folder(settings: TrainSettings) -> Path:
     longest = read_config(folder).max_position_embeddings
     if settings.seq_length > longest:
         raise ValueError(
-            f"--seq-length {settings.seq_length} is more than the model's "
+            f"seq_length={settings.seq_length} is more than the model's "
             f"max_position_embeddings {longest} ({folder / 'config.json'})"
         )
     return folder
@@ -103,13 +103,13 @@ def make_start(settings: TrainSettings, folder: Path, documents: list[Document])
         raise ValueError(f"{folder}: quantised weights cannot be trained, only streams over them")
     if settings.adapter is not None:
         adapter = load_adapter(settings.adapter, backbone=folder)
-        sizes = dict(streams=adapter.streams, prefix_tokens=adapter.prefix_length)
+        sizes = dict(streams=adapter.streams, prefix_length=adapter.prefix_length)
         config = grafted_config(config, **sizes) | {"parscale_attn_smooth": adapter.smoothing}
         model = with_streams(model, adapter)
     elif settings.streams is not None:
         config = _graft(settings, model, config, documents)
     elif settings.stage == "streams" and not model.args.prefix_length:
-        raise ValueError(f"{folder}: this model has no streams; say how many (--streams)")
+        raise ValueError(f"{folder}: this model has no streams; say how many (`streams`)")
     if not settings.trains_backbone:
         train_streams_only(model, getattr(mx, settings.dtype))
     encoder = None
@@ -141,9 +141,9 @@ def _from_nothing(folder: Path, settings: TrainSettings) -> Start:
 
 def _graft(settings: TrainSettings, model: Model, config: dict, documents: list[Document]) -> dict:
     """Give a plain model streams, in place; its new configuration."""
-    streams, tokens = settings.streams or 1, settings.prefix_tokens
-    config = grafted_config(config | {"parscale_attn_smooth": settings.smooth}, streams=streams,
-                            prefix_tokens=tokens)  # fmt: skip
+    streams, tokens = settings.streams or 1, settings.prefix_length
+    config = grafted_config(config | {"parscale_attn_smooth": settings.smoothing}, streams=streams,
+                            prefix_length=tokens)  # fmt: skip
     if settings.init == "text":
         prefixes = make_prefixes(model, _pieces(settings, documents))
     else:
@@ -158,16 +158,16 @@ def _graft(settings: TrainSettings, model: Model, config: dict, documents: list[
 
 
 def _pieces(settings: TrainSettings, documents: list[Document]) -> mx.array:
-    """A piece of the training text for each stream, [P, prefix_tokens]."""
+    """A piece of the training text for each stream, [P, prefix_length]."""
     text = np.concatenate([d.tokens for d in documents])
-    room = len(text) - settings.prefix_tokens
+    room = len(text) - settings.prefix_length
     if room < 0:
         raise ValueError(
-            f"the training data has {len(text)} tokens, fewer than --prefix-tokens "
-            f"{settings.prefix_tokens}"
+            f"the training data has {len(text)} tokens, fewer than "
+            f"prefix_length={settings.prefix_length}"
         )
     starts = np.random.default_rng(settings.seed).integers(0, room + 1, settings.streams)
-    return mx.array(np.stack([text[n : n + settings.prefix_tokens] for n in starts]))
+    return mx.array(np.stack([text[n : n + settings.prefix_length] for n in starts]))
 
 
 def train_streams_only(model: Model, dtype: mx.Dtype) -> None:

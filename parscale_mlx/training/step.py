@@ -10,7 +10,6 @@ from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Model, TransformerBlock
 from parscale_mlx.training import batches, data_parallel
 from parscale_mlx.training.documents import Document
-from parscale_mlx.training.settings import TrainSettings
 from parscale_mlx.training.start import Start
 
 import mlx.core as mx
@@ -19,6 +18,7 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
+from parscale_core.train_settings import TrainSettings
 
 
 def make_step(start: Start, optimizer: optim.Optimizer, clip: float) -> Callable:

@@ -27,7 +27,7 @@ class Plan:
     seq_length: int = 256
     batch_size: int = 8
     stream_batch_size: int = 4
-    prefix_tokens: int = 16
+    prefix_length: int = 16
     init: str = "random"
     pretrain_tokens: int = 10_000_000
     pretrain_lr: float = 2e-3
@@ -51,7 +51,7 @@ QUICK = replace(
     seq_length=64,
     batch_size=8,
     stream_batch_size=4,
-    prefix_tokens=8,
+    prefix_length=8,
     pretrain_tokens=60_000,
     stream_tokens=10_000,
     streams=(2, 4),

@@ -68,7 +68,7 @@ def _train_streams(work: Path, plan: Plan, run: Run) -> None:
     ]
     if run.streams > 1:
         options += ["--stage", "streams", "--streams", run.streams, "--init", plan.init]
-        options += ["--prefix-tokens", plan.prefix_tokens, "--streams-lr", plan.streams_lr]
+        options += ["--prefix-length", plan.prefix_length, "--streams-lr", plan.streams_lr]
         options += ["--aggregator-lr", plan.aggregator_lr]
         options += ["--train-all"] if run.train_all else ["--freeze-backbone"]
     else:

@@ -32,7 +32,7 @@ def measure(work: Path, runs: list[Run]) -> None:
         if (found := newest(work, run)) is None:
             continue
         adapter = load_adapter(found, backbone=backbone_folder)
-        name = f"P={run.streams}" if run.streams > 1 else f"prefix of {run.prefix_tokens}"
+        name = f"P={run.streams}" if run.streams > 1 else f"prefix of {run.prefix_length}"
         file = folder(work, run) / f"losses-{trained(work, run)}.npy"
         losses.setdefault(name, {})[run.seed] = cached(
             file, lambda a=adapter: file_losses(with_streams(backbone, a), files)

@@ -29,12 +29,12 @@ class Run:
     """One adapter: P streams with a prefix each, or one stream with a prefix as a control."""
 
     streams: int
-    prefix_tokens: int
+    prefix_length: int
     seed: int = 0
 
     @property
     def name(self) -> str:
-        kind = f"p{self.streams}" if self.streams > 1 else f"prefix{self.prefix_tokens}"
+        kind = f"p{self.streams}" if self.streams > 1 else f"prefix{self.prefix_length}"
         return f"{kind}-seed{self.seed}"
 
 

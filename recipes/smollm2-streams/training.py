@@ -34,7 +34,7 @@ def train_once(work: Path, plan: Plan, run: Run, *, threads: int) -> None:
     else:
         options = [
             *("--stage", "streams", "--model", smollm2_folder(), "-o", output),
-            *("--streams", run.streams, "--prefix-tokens", run.prefix_tokens, "--seed", run.seed),
+            *("--streams", run.streams, "--prefix-length", run.prefix_length, "--seed", run.seed),
             *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "tune"),
             *("--steps", plan.steps, "--batch-size", plan.batch_size),
             *("--seq-length", plan.seq_length, "--streams-lr", plan.streams_lr),

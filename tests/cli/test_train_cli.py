@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 TEXT = "".join(f"Line {n}: streams differ by what they have read before.\n" for n in range(60))
 SETTINGS = (
-    *("--stage", "streams", "--streams", 2, "--prefix-tokens", 6, "--seq-length", 32),
+    *("--stage", "streams", "--streams", 2, "--prefix-length", 6, "--seq-length", 32),
     *("--batch-size", 4, "--steps", 12, "--lr", 0.01, "--report-every", 1),
     *("--eval-every", 4, "--save-every", 5),
 )

@@ -90,7 +90,7 @@ def raise_os_error(*_):
 def test_the_small_model_needs_no_other_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert (find_folder("python-small") / "model.safetensors").is_file()
-    with pytest.raises(FileNotFoundError, match="--model python-small"):
+    with pytest.raises(FileNotFoundError, match="model=python-small"):
         find_folder("smollm2")
 
 

@@ -66,7 +66,7 @@ def test_streams_of_one_text_are_the_model_after_that_text(model_type, scaling):
     mx.eval(expected, unaware)
 
     prefixes = make_prefixes(model, mx.repeat(past, 2, axis=0))
-    graft(model, grafted_config(config, streams=2, prefix_tokens=24), prefixes)
+    graft(model, grafted_config(config, streams=2, prefix_length=24), prefixes)
 
     scale = mx.abs(expected).max().item()
     assert difference(model(rest), expected) < 1e-4 * scale
@@ -83,7 +83,7 @@ def test_each_stream_has_its_own_past_and_the_same_weight():
         h = model.model(mx.concatenate([piece[None], rest], axis=1))
         alone.append(h[0, 0, 8:])
     mx.eval(alone)
-    graft(model, grafted_config(config, streams=3, prefix_tokens=8), make_prefixes(model, pieces))
+    graft(model, grafted_config(config, streams=3, prefix_length=8), make_prefixes(model, pieces))
     assert model.model_type == "llama_parscale"
     hidden = model.model(rest)[0]
     for stream, expected in zip(hidden, alone, strict=True):
@@ -95,7 +95,7 @@ def test_the_aggregator_can_learn():
     config = plain_config()
     model = plain_model(config)
     pieces = mx.random.randint(0, 320, (2, 8))
-    graft(model, grafted_config(config, streams=2, prefix_tokens=8), make_prefixes(model, pieces))
+    graft(model, grafted_config(config, streams=2, prefix_length=8), make_prefixes(model, pieces))
     import mlx.nn as nn
 
     ids = mx.random.randint(0, 320, (1, 12))
@@ -122,8 +122,8 @@ def plain_folder(tmp_path):
 
 
 def test_convert_grafts(plain_folder, tmp_path):
-    result = convert(plain_folder, tmp_path / "out", streams=4, prefix_tokens=12)
-    assert (result.streams, result.prefix_tokens) == (4, 12)
+    result = convert(plain_folder, tmp_path / "out", streams=4, prefix_length=12)
+    assert (result.streams, result.prefix_length) == (4, 12)
     # The weights are random: any text is as unlikely as another.
     assert result.perplexity == pytest.approx(result.base_perplexity, rel=0.1)
     model, config = load_model(tmp_path / "out")
@@ -131,7 +131,7 @@ def test_convert_grafts(plain_folder, tmp_path):
     assert (config["parscale_n"], config["parscale_n_tokens"]) == (4, 12)
     weights = model.aggregation_weights(mx.array([[5, 6, 7]]))
     assert difference(weights, mx.full((1, 3, 4), 0.25)) < 1e-6
-    planned = convert(plain_folder, tmp_path / "dry", streams=4, prefix_tokens=12, dry_run=True)
+    planned = convert(plain_folder, tmp_path / "dry", streams=4, prefix_length=12, dry_run=True)
     assert (planned.parameters, planned.bytes) == (result.parameters, result.bytes)
     again, _ = load(tmp_path / "out")
     prefix = again.layers[0].self_attn.prefix_k
@@ -141,10 +141,10 @@ def test_convert_grafts(plain_folder, tmp_path):
 
 def test_text_of_ones_own(plain_folder, tmp_path):
     text = "Streams differ by what they have read. " * 20
-    result = convert(plain_folder, tmp_path / "out", streams=2, prefix_tokens=8, text=text)
+    result = convert(plain_folder, tmp_path / "out", streams=2, prefix_length=8, text=text)
     assert result.streams == 2
     with pytest.raises(ValueError, match=r"the text has 38 tokens; 2 prefixes of 8"):
-        convert(plain_folder, tmp_path / "o", streams=2, prefix_tokens=8, text=text[:38])
+        convert(plain_folder, tmp_path / "o", streams=2, prefix_length=8, text=text[:38])
 
 
 def test_what_cannot_be_grafted(plain_folder, tmp_path):
@@ -171,6 +171,6 @@ def test_a_real_model_stays_what_it_was(tmp_path):
     ids = mx.array([tokenizer.encode("The capital of France is")])
     assert difference(model.aggregation_weights(ids), mx.full((1, 5, 4), 0.25)) < 1e-6
     assert tokenizer.decode(model(ids)[0, -1].argmax().item()) == " Paris"
-    pieces = cut_pieces(tokenizer, default_text(), streams=4, prefix_tokens=48)
+    pieces = cut_pieces(tokenizer, default_text(), streams=4, prefix_length=48)
     assert pieces.prefixes.shape == (4, 48)
     assert len(set(map(tuple, pieces.prefixes.tolist()))) == 4

@@ -42,7 +42,7 @@ def case(tmp_path_factory):
     expected = theirs(whole)[:, PREFIX:]
     mx.eval(expected)
     prefixes = make_prefixes(model, mx.array(PAST))
-    graft(model, grafted_config(config, streams=1, prefix_tokens=PREFIX), prefixes)
+    graft(model, grafted_config(config, streams=1, prefix_length=PREFIX), prefixes)
     adapter = take_streams(model, backbone="plain", backbone_sha256=fingerprint(folder))
     save_adapter(folder.parent / "prefix", adapter)
     return folder, folder.parent / "prefix", expected
@@ -104,7 +104,7 @@ def test_training_a_prefix(tmp_path):
     folder = write_model(tmp_path / "base")
     settings = TrainSettings(
         stage="streams", data=[str(tmp_path / "text.txt")], output=str(tmp_path / "run"),
-        model=str(folder), streams=1, prefix_tokens=5, seq_length=16, batch_size=2, steps=6,
+        model=str(folder), streams=1, prefix_length=5, seq_length=16, batch_size=2, steps=6,
         lr=3e-2, save_every=3,
     )  # fmt: skip
     result = train(settings)

@@ -45,7 +45,7 @@ def settings(base, text, tmp_path):
     def make(**changes) -> TrainSettings:
         values = dict(
             stage="streams", data=[str(text)], output=str(tmp_path / "run"), model=str(base),
-            streams=2, prefix_tokens=6, seq_length=32, batch_size=4, steps=12, lr=1e-2,
+            streams=2, prefix_length=6, seq_length=32, batch_size=4, steps=12, lr=1e-2,
             report_every=2, eval_every=4, save_every=5,
         )  # fmt: skip
         if changes.get("stage") == "pretrain":
@@ -548,22 +548,22 @@ def test_whole_documents_are_held_out(settings, base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"stage": "tune"}, "stage 'tune' is not one of"),
-        ({"model": None}, "either --model to start from, or --config"),
-        ({"config": "x"}, "either --model to start from, or --config"),
-        ({"stage": "pretrain", "streams": 2}, "--streams needs --stage streams"),
-        ({"stage": "pretrain", "prefix_projection": True}, "--prefix-projection needs --stage str"),
-        ({"encoder_hidden_size": 8}, "--encoder-hidden-size needs --prefix-projection"),
-        ({"encoder_hidden_size": 0, "prefix_projection": True}, "--encoder-hidden-size 0: not at"),
-        ({"streams": None}, "needs either --streams or --adapter"),
-        ({"adapter": "x"}, "--streams cannot go with --adapter"),
-        ({"adapter": "x", "train_all": True}, "--streams cannot go with --adapter"),
-        ({"warmup": 12}, "--warmup 12: not below --steps 12"),
-        ({"batch_size": 0}, "--batch-size 0: not at least 1"),
-        ({"data": []}, "give --data"),
-        ({"seq_length": 129}, "--seq-length 129 is more than the model's max_position"),
+        ({"stage": "tune"}, "stage='tune' is not one of"),
+        ({"model": None}, "either `model` to start from, or `config`"),
+        ({"config": "x"}, "either `model` to start from, or `config`"),
+        ({"stage": "pretrain", "streams": 2}, "`streams` needs `stage=streams`"),
+        ({"stage": "pretrain", "prefix_projection": True}, "`prefix_projection` needs `stage=str"),
+        ({"encoder_hidden_size": 8}, "`encoder_hidden_size` needs `prefix_projection`"),
+        ({"encoder_hidden_size": 0, "prefix_projection": True}, "encoder_hidden_size=0: not at"),
+        ({"streams": None}, "needs either `streams` or `adapter`"),
+        ({"adapter": "x"}, "`streams` cannot go with `adapter`"),
+        ({"adapter": "x", "train_all": True}, "`streams` cannot go with `adapter`"),
+        ({"warmup": 12}, "warmup=12: not below steps=12"),
+        ({"batch_size": 0}, "batch_size=0: not at least 1"),
+        ({"data": []}, "give `data`"),
+        ({"seq_length": 129}, "seq_length=129 is more than the model's max_position"),
         ({"streams": 65}, "65 streams: not a number from 1 to 64"),
-        ({"prefix_tokens": 10**6}, "fewer than --prefix-tokens"),
+        ({"prefix_length": 10**6}, "fewer than prefix_length="),
     ],
 )
 def test_wrong_settings(settings, changes, words, tmp_path):
@@ -576,7 +576,7 @@ def test_wrong_settings(settings, changes, words, tmp_path):
     ("name", "content", "words"),
     [
         ("x.txt", b"", "no text in it to train on"),
-        ("x.txt", b"short", "6 tokens are too few for one sequence of --seq-length 32"),
+        ("x.txt", b"short", "6 tokens are too few for one sequence of seq_length=32"),
         ("x.txt", b"\xff\xfe", "not UTF-8 text"),
         ("x.jsonl", b"\n", "no text in it to train on"),
         ("x.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"),
@@ -586,7 +586,7 @@ def test_wrong_settings(settings, changes, words, tmp_path):
         ("x.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"}', "line 2: none of"),
         ("x.jsonl", b'{"messages": 5}', "line 1: none of"),
         ("x.jsonl", b'{"prompt": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "completion": "b"}',
-         "tokens are more than --seq-length 32 allows"),
+         "tokens are more than seq_length=32 allows"),
     ],
 )  # fmt: skip
 def test_data_that_is_none(settings, name, content, words, tmp_path):

@@ -88,6 +88,25 @@ def files_of_a_model(listing: list[str], shards: Callable[[str], list[str]]) -> 
     ]
 
 
+def check_data_set(name: str) -> None:
+    """Find out with a single request whether the hub has a data set.
+
+    Raises:
+        FileNotFoundError: it has none of this name, or cannot be reached.
+    """
+    try:
+        if name.startswith((".", "/", "~")) or Path(name).suffix:
+            raise HFValidationError("this looks like a path")
+        HfApi().dataset_info(name, timeout=10)
+    except OfflineModeIsEnabled:  # it may be in the cache
+        return
+    except Exception as error:  # whatever the HTTP client of this version of the hub's raises
+        reason = " ".join(str(error).split())[:120]
+        raise FileNotFoundError(
+            f"{name}: neither a file or folder here nor a data set on the hub ({reason})"
+        ) from error
+
+
 def check_login(repo: str) -> None:
     """Find out before hours of work whether an upload could go through.
 

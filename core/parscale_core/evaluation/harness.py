@@ -164,7 +164,7 @@ def open_tasks(names: Sequence[str], folders: Sequence[Path]) -> tuple[TaskManag
     for name in names:
         if not manager.match_tasks([name]):
             raise ValueError(
-                f"no task {name!r} in lm-evaluation-harness or the folders of --include-path"
+                f"no task {name!r} in lm-evaluation-harness or the folders of `folders`"
             )
     return manager, manager.match_tasks(list(names))
 

@@ -96,16 +96,16 @@ def cuda_refusal(about: Mapping[str, str], heads: int) -> str | None:
     """Why CUDA cannot run a graph with these metadata and query heads in a row; None if it can."""
     fused, activations = about["ops"] == "fused", about["activations"]
     if about.get("precision") == "w8a8":
-        return "w8a8 is for CPUs; use --provider cpu, or export with another --precision"
+        return "w8a8 is for CPUs; use `provider=cpu`, or export with another `precision`"
     if fused and activations == "fp32":
         return (
-            "GroupQueryAttention on CUDA has no float32; use --provider cpu, or export with "
-            "--precision fp16 or --ops standard"
+            "GroupQueryAttention on CUDA has no float32; use `provider=cpu`, or export with "
+            "`precision=fp16` or `ops=standard`"
         )
     if fused and heads > MAX_CUDA_HEADS:
         return (
             f"{heads} heads in a row are more than the {MAX_CUDA_HEADS} that GroupQueryAttention "
-            "on CUDA takes; export with --kv-layout batch"
+            "on CUDA takes; export with `kv_layout=batch`"
         )
     return None
 

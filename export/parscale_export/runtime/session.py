@@ -160,7 +160,7 @@ def check_operators(file: Path, ops: str) -> None:
     if ops == "standard" and Version(ort.__version__) < STANDARD_SINCE:
         raise ValueError(
             f"{file}: standard operators need onnxruntime {STANDARD_SINCE} or later, this is "
-            f"{ort.__version__}; export with --ops fused"
+            f"{ort.__version__}; export with `ops=fused`"
         )
 
 
@@ -293,5 +293,5 @@ def open_session(
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{file}: {name} cannot run this graph: {reason}") from error
     if session.get_providers()[0] != name:
-        raise ValueError(f"{name} was asked for but did not start here; use --provider cpu")
+        raise ValueError(f"{name} was asked for but did not start here; use `provider=cpu`")
     return session

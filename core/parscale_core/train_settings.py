@@ -1,4 +1,4 @@
-"""What a training run is told, kept in its folder as ``run.json``."""
+"""What a training run is told, kept in its folder as ``run.json``; the defaults stand here."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -23,7 +23,7 @@ class TrainSettings:
         adapter: a stream adapter over ``model`` to start from.
         valid: held-out data, as ``data``; without it ``hold_out`` of the documents.
         pattern: which files of a folder are read.
-        streams, prefix_tokens, smooth: P, the prefixes' length, and ``parscale_attn_smooth``.
+        streams, prefix_length, smoothing: P, the prefixes' length, and ``parscale_attn_smooth``.
         init: prefixes made from pieces of the training text, or at random.
         prefix_projection: train an MLP that makes the prefixes; an adapter holds what it made.
         encoder_hidden_size: of that MLP's hidden layer; by default the model's.
@@ -51,8 +51,8 @@ class TrainSettings:
     hold_out: float = 0.05
     pattern: str = "*"
     streams: int | None = None
-    prefix_tokens: int = 48
-    smooth: float = 0.01
+    prefix_length: int = 48
+    smoothing: float = 0.01
     init: str = "text"
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
@@ -89,39 +89,37 @@ class TrainSettings:
         for name, choices in (("stage", STAGES), ("dtype", DTYPES), ("init", INITS)):
             if getattr(self, name) not in choices:
                 value = getattr(self, name)
-                raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}")
         if (self.model is None) == (self.config is None):
-            raise ValueError("give either --model to start from, or --config to start from nothing")
+            raise ValueError("give either `model` to start from, or `config` to start from nothing")
         if self.stage == "pretrain":
-            self._refuse("--stage streams", streams=self.streams, adapter=self.adapter,
+            self._refuse("`stage=streams`", streams=self.streams, adapter=self.adapter,
                          prefix_projection=self.prefix_projection or None)  # fmt: skip
         elif self.config is not None:
-            raise ValueError("--config starts from nothing: it needs --stage pretrain")
+            raise ValueError("`config` starts from nothing: it needs `stage=pretrain`")
         elif self.streams is not None and self.adapter is not None:
-            raise ValueError("--streams cannot go with --adapter, which has its number of streams")
+            raise ValueError("`streams` cannot go with `adapter`, which has its number of streams")
         elif self.streams is None and self.adapter is None and not self.train_all:
-            raise ValueError("--stage streams needs either --streams or --adapter to start from")
+            raise ValueError("`stage=streams` needs either `streams` or `adapter` to start from")
         if not self.prefix_projection:
-            self._refuse("--prefix-projection", encoder_hidden_size=self.encoder_hidden_size)
+            self._refuse("`prefix_projection`", encoder_hidden_size=self.encoder_hidden_size)
         elif self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise ValueError(f"--encoder-hidden-size {self.encoder_hidden_size}: not at least 1")
-        for name in ("seq_length", "batch_size", "accumulate", "steps", "keep", "prefix_tokens",
+            raise ValueError(f"encoder_hidden_size={self.encoder_hidden_size}: not at least 1")
+        for name in ("seq_length", "batch_size", "accumulate", "steps", "keep", "prefix_length",
                      "report_every", "eval_every", "save_every"):  # fmt: skip
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: not at least 1"
-                )
+                raise ValueError(f"{name}={getattr(self, name)}: not at least 1")
         if not self.data:
-            raise ValueError("give --data: a file, a folder or a hub data set")
+            raise ValueError("give `data`: a file, a folder or a hub data set")
         if not 0 <= self.hold_out < 1:
-            raise ValueError(f"--hold-out {self.hold_out}: not from 0 to below 1")
+            raise ValueError(f"hold_out={self.hold_out}: not from 0 to below 1")
         if self.warmup is not None and self.warmup >= self.steps:
-            raise ValueError(f"--warmup {self.warmup}: not below --steps {self.steps}")
+            raise ValueError(f"warmup={self.warmup}: not below steps={self.steps}")
 
     def _refuse(self, needed: str, **given) -> None:
         for name, value in given.items():
             if value is not None:
-                raise ValueError(f"--{name.replace('_', '-')} needs {needed}")
+                raise ValueError(f"`{name}` needs {needed}")
 
     @property
     def trains_backbone(self) -> bool:
