@@ -46,9 +46,10 @@ def open_engine(
     own = _own_options(ctx, engine, options)
     if engine == "onnx":
         return open_onnx(model, **own)
+    opened = _open_mlx(model, **own)
     if hints and runtime is None and own.get("parallel") is None:
         _hint_at_onnxruntime()
-    return _open_mlx(model, **own)
+    return opened
 
 
 def open_served(

@@ -404,7 +404,7 @@ def test_a_model_from_the_hub(tmp_path, monkeypatch):
         return str(GOLDEN / "p1")
 
     hub = "parscale_core.checkpoint.hub."
-    monkeypatch.setattr(hub + "list_repo_files", lambda name, **_: ["model.safetensors"])
+    monkeypatch.setattr(hub + "list_repo_files", lambda *_: ["model.safetensors"])
     monkeypatch.setattr(hub + "snapshot_download", snapshot_download)
     convert("someone/model", tmp_path / "out", revision="v2")
     assert asked == [("someone/model", "v2")]

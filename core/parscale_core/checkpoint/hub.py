@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, list_repo_files, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -36,15 +36,24 @@ def download(name: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, **_what(name, revision)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = "which cannot be reached, nor is it in the cache"
         raise FileNotFoundError(
             f"{name}: neither a folder here nor a model on the hub ({reason})"
         ) from error
 
 
+def list_repo_files(name: str, revision: str | None) -> list[str]:
+    """The names of all files of a repository; without a network, it fails at once."""
+    api = HfApi()
+    api.model_info(name, revision=revision)  # tried once, and a listing again and again
+    return api.list_repo_files(name, revision=revision)
+
+
 def _what(name: str, revision: str | None) -> dict[str, Any]:
     """What to download, as arguments of ``snapshot_download``."""
     try:
-        listing = list_repo_files(name, revision=revision)
+        listing = list_repo_files(name, revision)
     except (HFValidationError, HfHubHTTPError):
         raise
     except Exception:  # offline, or whatever the HTTP client of this version of the hub's raises
