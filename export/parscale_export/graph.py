@@ -73,8 +73,12 @@ def build(
     x = operators.pick(_side_by_side(b, x))
     b.change_rows()
     x, stream_weights = _aggregate(b, x)
-    logits = b.cast(b.scaled(_head(b, x), config.logits_scale), ir.DataType.FLOAT)
-    outputs = [_output(logits, "logits", config.vocab_size, options)]
+    logits, dtype = b.scaled(_head(b, x), config.logits_scale), ir.DataType.FLOAT
+    if options.step and weights.dtype == ir.DataType.FLOAT16:
+        dtype = weights.dtype  # a launch less; bfloat16 would be no type of numpy's
+    else:
+        logits = b.cast(logits, dtype)
+    outputs = [_output(logits, "logits", config.vocab_size, options, dtype)]
     if stream_weights is not None and options.aggregation_weights:
         outputs.append(_output(stream_weights, "aggregation_weights", config.streams, options))
     outputs = [*outputs, *presents] if observe is None else observe(b)
@@ -115,9 +119,15 @@ def _present(value: ir.Value, past: ir.Value, layer: int, part: str) -> ir.Value
     return value
 
 
-def _output(value: ir.Value, name: str, width: int, options: Options) -> ir.Value:
+def _output(
+    value: ir.Value,
+    name: str,
+    width: int,
+    options: Options,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Value:
     length = "sequence_length" if options.all_logits else 1
-    value.name, value.type = name, ir.TensorType(ir.DataType.FLOAT)
+    value.name, value.type = name, ir.TensorType(dtype)
     value.shape = ir.Shape(("batch_size", length, width))
     return value
 

@@ -71,12 +71,13 @@ def test_steps_of_fixed_shapes(tmp_path, case, kv_layout, all_logits):
     assert model.generate(prompts, max_tokens=300) == plain.generate(prompts, max_tokens=300)
 
 
-def test_likeliest_tokens():
-    logits = np.random.default_rng(0).normal(size=(5, 1, 3000)).astype(np.float32)
-    logits[1, 0, [70, 900]] = 9  # of equals, the first
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_likeliest_tokens(dtype):
+    logits = np.random.default_rng(0).normal(100, 1, size=(5, 1, 3000)).astype(dtype)
+    logits[1, 0, [70, 900]] = 200  # of equals, the first
     logits[3, 0, 5], logits[4, 0, 5] = np.nan, np.inf
     value = ort.OrtValue.ortvalue_from_numpy(logits)
-    tokens = Likeliest("CPUExecutionProvider", ("cpu", 0)).of(value)()
+    tokens = Likeliest("CPUExecutionProvider", ("cpu", 0), dtype).of(value)()
     assert tokens[:3].tolist() == logits[:3].argmax(-1).tolist()
     assert (tokens[1, 0], *tokens[3:, 0]) == (70, -1, -1)
 

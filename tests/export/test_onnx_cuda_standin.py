@@ -5,20 +5,13 @@ between host and device, what a CUDA graph records, and how many kernels are lau
 would be on a GPU. cuDNN is not there. See ``standin/device.cpp``.
 """
 
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
-import onnxruntime as ort
 import pytest
 from helpers.onnx_cases import GOLDEN, LAYOUTS, random_model
-from packaging.version import Version
 from parscale_export import export_onnx
-from parscale_export.runtime.provider import CUDA, CUDA_SINCE
+from parscale_export.runtime.provider import CUDA
 
 STANDIN = Path(__file__).parent / "standin"
 LAYERS = 3
@@ -43,31 +36,24 @@ STANDARD = {
 
 
 @pytest.fixture(scope="session")
-def look(tmp_path_factory):
+def standin():
+    """The module that builds the stand-in and runs exports on it."""
+    sys.path.append(str(STANDIN))
+    import launches
+
+    if lacking := launches.missing():
+        pytest.skip(f"needs {lacking}")
+    return launches
+
+
+@pytest.fixture(scope="session")
+def look(standin, tmp_path_factory):
     """Run exports on the stand-in: what each one's step of decoding does."""
-    if CUDA not in ort.get_available_providers() or Version(ort.__version__) < CUDA_SINCE:
-        pytest.skip(f"needs onnxruntime-gpu {CUDA_SINCE}")
-    if not (shutil.which("g++") and shutil.which("nm")):
-        pytest.skip("needs a C++ compiler and nm")
-    spec = importlib.util.spec_from_file_location("build_standin", STANDIN / "build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    if build.headers() is None:
-        pytest.skip("needs CUDA's headers: nvidia-cuda-runtime and nvidia-cuda-crt")
     libraries = tmp_path_factory.mktemp("libraries")
-    build.build(libraries)
+    standin.build.build(libraries)
 
     def run(*folders: Path, record: bool = False) -> list[dict]:
-        work = tmp_path_factory.mktemp("notes")
-        command = [sys.executable, STANDIN / "steps.py", *(["--record"] if record else [])]
-        result = subprocess.run(
-            [*command, *folders], capture_output=True, text=True, timeout=300,
-            env=os.environ | {"LD_LIBRARY_PATH": str(libraries), "STANDIN_LOG": f"{work}/notes"},
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        # What onnxruntime finds and does not find is said in our own words alone.
-        assert result.stderr == ""
-        return [json.loads(line) for line in result.stdout.splitlines()]
+        return standin.look(libraries, tmp_path_factory.mktemp("notes"), folders, record=record)
 
     return run
 
@@ -111,15 +97,22 @@ def test_a_step_stays_on_the_device(look, tmp_path):
 
 
 def test_launches(look, tmp_path):
-    """Of one stream no more than the graph of onnxruntime-genai's builder has: 11 a layer, and 7.
-
-    That is 6 in its graph and the conversion of its logits to float32, which follows on it.
-    """
+    """Of one stream no more than the graph of genai's builder has: 11 a layer, and 6."""
     one, four, heads = look(*few(tmp_path))
-    assert one["launches"] <= 11 * LAYERS + 7
+    assert one["launches"] <= 11 * LAYERS + 6
     # Streams as rows: copies of ids and lengths, streams side by side, and the aggregator.
-    assert four["launches"] <= 11 * LAYERS + 24
-    assert heads["launches"] <= 12 * LAYERS + 24
+    assert four["launches"] <= 11 * LAYERS + 22
+    assert heads["launches"] <= 12 * LAYERS + 23
+
+
+@pytest.mark.slow
+def test_no_more_launches_than_genai(standin, look, tmp_path):
+    for package in ("onnxruntime_genai", "torch", "transformers"):
+        pytest.importorskip(package)
+    theirs = look(*standin.build_genai(tmp_path))
+    for report, precision in zip(theirs, ("fp16", "int4"), strict=True):
+        ours = export_onnx(GOLDEN / "p1", tmp_path / precision, target="cuda", precision=precision)
+        assert look(ours)[0]["launches"] <= report["launches"]
 
 
 @pytest.mark.parametrize("offsets", [False, True])

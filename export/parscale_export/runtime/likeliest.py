@@ -16,22 +16,25 @@ class Likeliest:
     Args:
         provider: CPU or CUDA, by its full name.
         device: where logits are, as onnxruntime names it, and its number.
+        dtype: of the logits, float32 or float16.
     """
 
-    def __init__(self, provider: str, device: tuple[str, int]):
+    def __init__(
+        self, provider: str, device: tuple[str, int], dtype: type[np.floating] = np.float32
+    ):
         options = ort.SessionOptions()
         options.log_severity_level = 4
         providers: list = [CPU]
         if provider == CUDA:
             providers.insert(0, (CUDA, cuda_options(device[1], cuda_graph=False)))
-        graph = _graph().SerializeToString()
+        graph = _graph(ir.DataType.from_numpy(np.dtype(dtype))).SerializeToString()
         self.session = ort.InferenceSession(graph, options, providers=providers)
         self.device = device
         self.run_options = ort.RunOptions()
         self.run_options.log_severity_level = 4
 
     def of(self, logits: ort.OrtValue) -> Callable[[], np.ndarray]:
-        """What gives the tokens of logits, float32 [B, 1, vocab], as they are when it is called.
+        """What gives the tokens of logits [B, 1, vocab], as they are when it is called.
 
         These are int64 [B, 1]: of equals the first; -1 where logits are not numbers.
         """
@@ -48,22 +51,22 @@ class Likeliest:
         return choose
 
 
-def _graph() -> onnx.ModelProto:
+def _graph(dtype: ir.DataType) -> onnx.ModelProto:
     tape = ir.tape.Tape()
 
-    def constant(value: list[int] | int) -> ir.Value:
-        return tape.initializer(ir.tensor(np.array(value, np.int64), name=f"constant{value}"))
+    def constant(value: list[int] | int, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+        array = np.array(value, dtype.numpy())
+        return tape.initializer(ir.tensor(array, name=f"constant{dtype.name}{value}"))
 
-    logits = ir.Value(
-        name="logits", shape=ir.Shape(["B", 1, "V"]), type=ir.TensorType(ir.DataType.FLOAT)
-    )
+    logits = ir.Value(name="logits", shape=ir.Shape(["B", 1, "V"]), type=ir.TensorType(dtype))
     # ArgMax is a kernel of cuDNN's on CUDA.
     _, places = tape.op_multi_out("TopK", [logits, constant([1])], num_outputs=2)
     places = tape.op("Squeeze", [places, constant([2])])
-    total = tape.op("ReduceSum", [logits, constant([2])], {"keepdims": 0})
-    # NaN and infinity, less themselves, are NaN, which is not equal to itself.
-    difference = tape.op("Sub", [total, total])
-    are_numbers = tape.op("Equal", [difference, difference])
+    # Of NaN and infinity zero times is NaN, which is not equal to itself. A sum of the logits
+    # themselves could leave float16.
+    zeros = tape.op("Mul", [logits, constant(0, dtype)])
+    total = tape.op("ReduceSum", [zeros, constant([2])], {"keepdims": 0})
+    are_numbers = tape.op("Equal", [total, total])
     tokens = tape.op("Where", [are_numbers, places, constant(-1)])
     tokens.name, tokens.type = "tokens", ir.TensorType(ir.DataType.INT64)
     tokens.shape = ir.Shape(["B", 1])

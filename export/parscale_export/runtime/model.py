@@ -15,7 +15,7 @@ from parscale_core.finite import not_finite
 from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.copies import Buffers, RowCopier
 from parscale_export.runtime.decoder import Decoder
-from parscale_export.runtime.kv_cache import FixedSteps
+from parscale_export.runtime.kv_cache import FixedSteps, result_types
 from parscale_export.runtime.likeliest import Likeliest
 from parscale_export.runtime.prefill import Growing, chunks
 from parscale_export.runtime.provider import CUDA, records_steps
@@ -263,7 +263,7 @@ class OnnxModel:
     @cached_property
     def likeliest(self) -> Likeliest:
         """Finds the likeliest tokens where the logits are."""
-        return Likeliest(self.provider, self.device)
+        return Likeliest(self.provider, self.device, result_types(self.steps, self)[0])
 
     @cached_property
     def copier(self) -> RowCopier:
