@@ -42,7 +42,7 @@ def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = 
         click.echo(f"Exporting {folder} once, into {output}", err=True)
     with tqdm(desc="exporting", unit=" tensors", disable=None, leave=False) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(_: str, done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 

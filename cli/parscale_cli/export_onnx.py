@@ -108,10 +108,11 @@ def export_onnx(model, output, force, as_json, block_size, **options):
     from tqdm import tqdm
 
     # None: shown where standard error is a terminal.
-    with tqdm(desc="writing", unit=" tensors", disable=None, leave=False) as bar:
+    with tqdm(disable=None, leave=False) as bar:
 
-        def progress(done: int, total: int) -> None:
+        def progress(what: str, done: int, total: int) -> None:
             bar.total = total
+            bar.set_description(what, refresh=False)
             bar.update(done - bar.n)
 
         folder = export_onnx(

@@ -59,6 +59,10 @@ class Builder(ir.tape.Tape):
     def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any):
         return self.op(op, inputs, attributes, domain=domain)
 
+    def microsoft(self, op: str, *inputs: ir.Value | None, **attributes: Any):
+        """A node of onnxruntime's own operators."""
+        return self(op, *inputs, domain=MICROSOFT, **attributes)
+
     def many(self, op: str, *inputs: ir.Value | None, n: int, domain: str = "", **attributes: Any):
         """A node with ``n`` outputs."""
         return self.op_multi_out(op, inputs, attributes, num_outputs=n, domain=domain)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from parscale_export.builder import Builder, Options
 from parscale_export.graph import build
 from parscale_export.runtime.session import CPU
-from parscale_export.smooth import Site
+from parscale_export.smooth import Progress, Site
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 CHUNK = 256  # tokens of a run
@@ -58,7 +58,12 @@ def _encode(tokenizer: Path, text: Path) -> list[int]:
     return ids
 
 
-def observe(checkpoint: Checkpoint, chunks: list[list[int]], work: Path) -> list[Site]:
+def observe(
+    checkpoint: Checkpoint,
+    chunks: list[list[int]],
+    work: Path,
+    progress: Progress | None = None,
+) -> list[Site]:
     """Run the float32 model over chunks of tokens, and see what its layers' products read.
 
     Args:
@@ -90,14 +95,16 @@ def observe(checkpoint: Checkpoint, chunks: list[list[int]], work: Path) -> list
     with tempfile.TemporaryDirectory(dir=work) as folder:
         file = Path(folder) / "float.onnx"
         ir.save(model, file, external_data="float.data", size_threshold_bytes=1024)
-        seen = _run(file, chunks, config.streams)
+        seen = _run(file, chunks, config.streams, progress)
     return [
         Site(modules, np.concatenate([values[name] for values in seen]))
         for name, modules in observed.items()
     ]
 
 
-def _run(file: Path, chunks: list[list[int]], streams: int) -> list[dict[str, np.ndarray]]:
+def _run(
+    file: Path, chunks: list[list[int]], streams: int, progress: Progress | None
+) -> list[dict[str, np.ndarray]]:
     """The graph's outputs by name, for each chunk."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -115,4 +122,6 @@ def _run(file: Path, chunks: list[list[int]], streams: int) -> list[dict[str, np
         ids = np.array([chunk])
         feed |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
         seen.append(dict(zip(names, session.run(None, feed), strict=True)))
+        if progress is not None:
+            progress("calibrating", len(seen), len(chunks))
     return seen

@@ -1,7 +1,7 @@
 """Write a model folder as an ONNX folder: graph, external data, configuration and tokenizer."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from parscale_export.calibrate import calibration_tokens, observe
 from parscale_export.fused import MAX_CUDA_HEADS
 from parscale_export.graph import build
 from parscale_export.runtime.session import step_file
-from parscale_export.smooth import Smoothing, plan
+from parscale_export.smooth import Progress, Smoothing, plan
 from parscale_export.weights import BITS, FLOATS
 
 PRECISIONS = (*FLOATS, *BITS, "w8a8")
@@ -61,7 +61,7 @@ def export_onnx(
     block_size: int | None = None,
     accuracy_level: int = 4,
     force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Export a ParScale, Qwen2 or Llama model folder to ONNX.
 
@@ -95,7 +95,8 @@ def export_onnx(
             target "cpu".
         accuracy_level: MatMulNBits' own: 4 computes with 8-bit activations, 0 does not round them.
         force: replace an existing export.
-        progress: called with the number of tensors written and their total.
+        progress: called with what is done ("calibrating", "smoothing", "writing"), how many runs,
+            products or tensors of it are done, and their total.
 
     Returns:
         The output folder's path.
@@ -140,7 +141,7 @@ def export_onnx(
     with working_folder(output) as work:
         smoothing = None
         if chunks:
-            how = plan(checkpoint, observe(checkpoint, chunks, work))
+            how = plan(checkpoint, observe(checkpoint, chunks, work, progress), progress)
             smoothing = how.smoothing
             options = replace(options, kept=how.kept, rotated=how.rotated)
         graph, data = targets.file_names(target, options)
@@ -275,7 +276,7 @@ def _write_models(
     smoothing: Smoothing | None,
     path: Path,
     data: str,
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
     *,
     steps: bool,
 ) -> None:
@@ -294,7 +295,7 @@ def _write_models(
         nonlocal done
         done += 1
         if progress is not None:
-            progress(done, total)
+            progress("writing", done, total)
 
     for checkpoint, model in zip(checkpoints, models, strict=True):
         file, files = path, [data]

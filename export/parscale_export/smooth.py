@@ -6,16 +6,20 @@ the rest few codes. So channel c of the activation is divided by s[c], in the we
 same function. s[c] = (root mean square activation)^alpha / (largest weight)^(1 - alpha).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from parscale_core.checkpoint.tensors import Checkpoint
 
-from parscale_export.w8a8 import BLOCK, LARGEST, SMALLEST, rotate_blocks, round_channels
+from parscale_export.w8a8 import BLOCK, LARGEST, rotate_blocks, round_channels
 
+# Called with what is done, how much of it is done, and how much there is.
+Progress = Callable[[str, int, int], None]
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 WORTH_ROTATING = 0.6  # what is left of the error; a rotation takes time at every token
 LARGEST_ERROR = 1e-3
+SMALLEST = 1e-30  # instead of 0, so that what is divided by it does not become NaN
 REACH = 1e3  # scales are within 1 / REACH and REACH
 
 
@@ -57,13 +61,13 @@ class Plan:
     kept: frozenset[str]  # those that are too far off in 8-bit integers
 
 
-def plan(checkpoint: Checkpoint, sites: list[Site]) -> Plan:
+def plan(checkpoint: Checkpoint, sites: list[Site], progress: Progress | None = None) -> Plan:
     """Choose for each site the alpha that leaves the smallest error, or a rotation.
 
     The error is the mean over the sampled rows of |error|^2 / |output|^2.
     """
     smoothing, rotated, kept = Smoothing(), set[str](), set[str]()
-    for site in sites:
+    for done, site in enumerate(sites, start=1):
         weight = np.concatenate(
             [checkpoint.tensor(f"{module}.weight").astype(np.float32) for module in site.modules]
         )
@@ -82,6 +86,8 @@ def plan(checkpoint: Checkpoint, sites: list[Site]) -> Plan:
             kept.update(site.modules)
         if best is not None:
             _fold(checkpoint, site, best, smoothing)
+        if progress is not None:
+            progress("smoothing", done, len(sites))
     return Plan(smoothing, frozenset(rotated - kept), frozenset(kept))
 
 

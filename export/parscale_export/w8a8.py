@@ -1,7 +1,8 @@
 """Products of 8-bit integers: weights with a scale an output channel, activations with one a row.
 
 A row is one token of one stream. P streams are rows, and this product does eight rows for little
-more than one, where MatMulNBits does them one after the other. It is made of standard operators.
+more than one, where MatMulNBits does them one after the other. It is made of standard operators, or
+of onnxruntime's MatMulIntegerToFloat, which multiplies with the weights' scales in the same pass.
 Activations become uint8 around 128 and weights int8 around 0, the pair that VNNI multiplies. On
 x86 processors without VNNI the product of such pairs saturates at 16 bits, unless the session has
 ``session.x64quantprecision`` set to 1, as ours have.
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 MIDDLE = 128  # the code of zero
 LARGEST = 127  # codes on either side of it
 BLOCK = 16  # channels that a rotation mixes
-SMALLEST = 1e-30  # instead of 0, so that a row of zeros does not become NaN
 
 
 def round_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -49,28 +49,34 @@ def hadamard() -> np.ndarray:
 def rounded_rows(
     b: "Builder", x: ir.Value, columns: int, *, rotated: bool
 ) -> tuple[ir.Value, ir.Value]:
-    """Activations [B, L, columns] as uint8 codes, and their scales, float32 [B, L, 1]."""
+    """Activations [B, L, columns] as uint8 codes, and the factors of their products.
+
+    A row of zeros has arbitrary codes: 0 / 0 is not a number, but its code is, and zero times it 0.
+    """
     x = b.as_float32(x)
     if rotated:
         blocks = b("Reshape", x, b.constant([0, 0, -1, BLOCK]))
         mixed = b("MatMul", blocks, b.constant(hadamard(), np.float32))
         x = b("Reshape", mixed, b.constant([0, 0, columns]))
     largest = b("ReduceMax", b("Abs", x), b.constant([-1]), keepdims=1)
-    largest = b("Max", largest, b.constant(SMALLEST, np.float32))
-    scales = b("Mul", largest, b.constant(1 / LARGEST, np.float32))
-    # The scale is divided out first: QuantizeLinear takes a scale a row for two axes only.
-    one, middle = b.constant(1, np.float32), b.constant(MIDDLE, np.uint8)
-    return b("QuantizeLinear", b("Div", x, scales), one, middle), scales
+    # The row's scale is divided out first: QuantizeLinear takes a scale a row for two axes only.
+    step, middle = b.constant(1 / LARGEST, np.float32), b.constant(MIDDLE, np.uint8)
+    rounded = b("QuantizeLinear", b("Div", x, largest), step, middle)
+    return rounded, largest if b.options.ops == "fused" else b("Mul", largest, step)
 
 
 def integer_product(
     b: "Builder", rows: tuple[ir.Value, ir.Value], codes: ir.Value, scales: ir.Value
 ) -> ir.Value:
     """Rounded rows [..., in] times codes [in, out]: float32 [..., out]."""
-    x, row_scales = rows
-    sums = b("MatMulInteger", x, codes, b.constant(MIDDLE, np.uint8))
-    y = b("Mul", b.cast(sums, ir.DataType.FLOAT), scales)
-    return b("Mul", y, row_scales)
+    x, factors = rows
+    step, middle = b.constant(1 / LARGEST, np.float32), b.constant(MIDDLE, np.uint8)
+    if b.options.ops == "fused":
+        y = b.microsoft("MatMulIntegerToFloat", x, codes, step, scales, middle)
+    else:
+        sums = b.cast(b("MatMulInteger", x, codes, middle), ir.DataType.FLOAT)
+        y = b("Mul", sums, scales)
+    return b("Mul", y, factors)
 
 
 def gather_columns(

@@ -38,7 +38,7 @@ STANDARD = {
 @pytest.fixture(scope="session")
 def standin():
     """The module that builds the stand-in and runs exports on it."""
-    sys.path.append(str(STANDIN))
+    sys.path.insert(0, str(STANDIN))
     import launches
 
     if lacking := launches.missing():

@@ -178,7 +178,7 @@ def test_what_appeared_meanwhile_is_kept(tmp_path, kind):
     """Another process writes to the same output while an export runs."""
     output = tmp_path / "out"
 
-    def appear(done, total):
+    def appear(what, done, total):
         if output.exists():
             return
         if kind == "file":
@@ -216,7 +216,7 @@ def test_a_failure_midway_keeps_the_old_export(tmp_path):
     output = tmp_path / "out"
     export_onnx(GOLDEN / "p4", output)
 
-    def interrupt(done, total):
+    def interrupt(what, done, total):
         if done == total // 2:
             raise KeyboardInterrupt
 

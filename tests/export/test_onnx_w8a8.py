@@ -5,7 +5,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from helpers.onnx_cases import GOLDEN, LAYOUTS, OPERATORS, batches, variant
+from helpers.onnx_cases import GOLDEN, OPERATORS, batches, variant
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.calibrate import calibration_tokens, observe
@@ -13,8 +13,6 @@ from parscale_export.smooth import plan
 from parscale_export.w8a8 import hadamard, rotate_blocks, round_channels
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-
-CASES = ("p1", "p8-short-prefix")
 
 
 def divergence(expected: np.ndarray, actual: np.ndarray) -> float:
@@ -28,8 +26,16 @@ def operators(folder) -> list[str]:
     return [node.op_type for node in graph.node]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kv_layout", LAYOUTS)
+@pytest.fixture(autouse=True)
+def a_short_calibration(monkeypatch):
+    """These models are tiny, and so is what is to be learnt of them."""
+    monkeypatch.setattr("parscale_export.calibrate.ROWS", 512)
+
+
+@pytest.mark.parametrize(
+    ("case", "kv_layout"),
+    [("p1", "batch"), ("p8-short-prefix", "batch"), ("p8-short-prefix", "heads")],
+)
 @pytest.mark.parametrize("ops", OPERATORS)
 def test_golden_cases(tmp_path, case, kv_layout, ops):
     folder = export_onnx(GOLDEN / case, tmp_path / "out", precision="w8a8", kv_layout=kv_layout,
@@ -42,12 +48,13 @@ def test_golden_cases(tmp_path, case, kv_layout, ops):
     # Queries, keys and values share one rounding; so do gates and ups.
     assert operators(folder).count("QuantizeLinear") == 3 * 4 + (case != "p1")
     products = 3 * (4 if ops == "fused" else 7) + (case != "p1")
-    assert operators(folder).count("MatMulInteger") == products
+    product = "MatMulIntegerToFloat" if ops == "fused" else "MatMulInteger"
+    assert operators(folder).count(product) == products
 
 
 @pytest.mark.parametrize("head", ["int8", "w8a8"])
 @pytest.mark.parametrize("ops", OPERATORS)
-@pytest.mark.parametrize("case", ["p2-tied-sharded", "p4"])
+@pytest.mark.parametrize("case", ["p2-tied-sharded", pytest.param("p4", marks=pytest.mark.slow)])
 def test_heads_and_embeddings(tmp_path, case, ops, head):
     """An embedding of 8 bits unless the head is a float; a tied head reads the same bytes."""
     folder = export_onnx(GOLDEN / case, tmp_path / "out", precision="w8a8", head_precision=head,
@@ -121,7 +128,7 @@ def test_products_that_are_too_far_off_stay_int8(tmp_path, monkeypatch, ops):
     monkeypatch.setattr("parscale_export.smooth.LARGEST_ERROR", 0)
     folder = export_onnx(GOLDEN / "p4", tmp_path / "out", precision="w8a8", ops=ops,
                          aggregator_precision="int8", all_logits=True)  # fmt: skip
-    assert "MatMulInteger" not in operators(folder)
+    assert not any(operator.startswith("MatMulInteger") for operator in operators(folder))
     batch = batches("p4")[0]
     logits = OnnxModel(folder, "cpu").logits(batch.prompts[0])
     assert divergence(batch.logits[0][batch.mask[0] == 1], logits) < 6e-3
@@ -136,6 +143,21 @@ def test_rounding():
     assert np.abs(hadamard() @ hadamard().T - np.eye(16)).max() < 1e-6
     x = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
     assert np.abs(rotate_blocks(x) @ rotate_blocks(weight).T - x @ weight.T).max() < 1e-5
+
+
+@pytest.mark.parametrize("ops", OPERATORS)
+def test_rows_of_zeros(tmp_path, ops):
+    """A token whose embedding is zeros, as that of padding may be: each product of it is zero."""
+    tensors = load_file(GOLDEN / "p4" / "model.safetensors")
+    tensors["model.embed_tokens.weight"][7] = 0
+    folder = variant(tmp_path / "model", tensors=tensors)
+    exact, rounded = (
+        OnnxModel(export_onnx(folder, tmp_path / precision, precision=precision, ops=ops,
+                              all_logits=True), "cpu").logits([7, 7, 3])
+        for precision in ("fp32", "w8a8")
+    )  # fmt: skip
+    assert np.isfinite(rounded).all()
+    assert divergence(exact, rounded) < 6e-3
 
 
 def test_sums_do_not_saturate(tmp_path):
