@@ -72,7 +72,7 @@ SOURCES = {
     "rope field": (config(rope_scaling={"type": "yarn"}), ValueError, r"'yarn' lacks 'factor'"),
     "window": (config(use_sliding_window=True), ValueError, "use_sliding_window"),
     "gptq": (
-        config(quantization_config={"quant_method": "gptq"}), ValueError, r"config\.json: .*'gptq'"
+        config(quantization_config={"quant_method": "gptq"}), ValueError, r"config\.json: .*gptq"
     ),
     "lacking": (
         lacking("model.layers.2.mlp.down_proj.weight"), ValueError, r"lack model\.layers\.2\.mlp"

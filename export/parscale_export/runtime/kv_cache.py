@@ -41,7 +41,8 @@ class Cache:
         ids, mask = np.ascontiguousarray(ids), np.ascontiguousarray(mask)
         binding.bind_cpu_input("input_ids", ids)
         binding.bind_cpu_input("attention_mask", mask)
-        results = bind_results(binding, model, self.types, *ids.shape, ("cpu", 0))
+        batch, tokens = ids.shape
+        results = bind_results(binding, model, self.types, batch, tokens, ("cpu", 0))
         if model.shares_buffer:
             self.session.run_with_iobinding(binding, self.run_options)
         else:
