@@ -27,6 +27,7 @@ def load(
     path_or_name: str | Path,
     *,
     adapter_path: str | Path | None = None,
+    streams: int | None = None,
     dtype: mx.Dtype | None = None,
     dequantize: bool = False,
     revision: str | None = None,
@@ -38,6 +39,7 @@ def load(
         path_or_name: a local folder, published or converted, or a name on the hub.
         adapter_path: a stream adapter's folder. For several over one backbone, see
             ``parscale_mlx.adapter``.
+        streams: take the adapter with so many that came with the model, in its folder ``adapters``.
         dtype, dequantize: see ``load_model``.
         revision: a branch, tag or commit of a hub repository.
         parallel: how to share the model with the other processes that ``mlx.launch`` started:
@@ -49,6 +51,12 @@ def load(
             adapter is not one for this model, or the model cannot be shared so.
     """
     folder = find_folder(path_or_name, revision=revision)
+    if streams is not None:
+        if adapter_path is not None:
+            raise ValueError(
+                "`streams` cannot go with `adapter_path`, which has its number of streams"
+            )
+        adapter_path = pick_adapter(find_adapters(folder, ()), streams)
     dtype = dtype or _default_dtype()
     model, config = load_model(
         folder, dtype=dtype, dequantize=dequantize, lazy=parallel is not None

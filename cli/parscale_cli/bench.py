@@ -193,16 +193,18 @@ def _print(report: dict) -> None:
     rates = ", ".join(f"{v / 1e9:.4g} GFLOP/s in {k}" for k, v in machine["flops"].items())
     click.echo(f"measured first: {machine['bandwidth'] / 1e9:.4g} GB/s, {rates}")
     click.echo(
-        f"\n{'weights':8}{'batch':>6}{'prompt':>7}  {'side':8}"
-        f"{'first token, ms':>16}{'tok/s':>16}{'of FLOP/s':>10}"
-        f"{'a step, ms':>17}{'tok/s':>9}{'MB moved':>10}{'of GB/s':>8}{'peak MB':>9}"
+        f"\n{'':27}{'first token':^16}{'':7}{'of':>7}{'a step':^15}{'':7}{'MB':>8}{'of':>6}"
+        f"{'peak':>7}\n"
+        f"{'weights':7}{'batch':>6}{'prompt':>7}{'side':>7}"
+        f"{'ms':>9}{'times':>7}{'tok/s':>7}{'FLOP/s':>7}"
+        f"{'ms':>8}{'times':>7}{'tok/s':>7}{'moved':>8}{'GB/s':>6}{'MB':>7}"
     )
     for row in report["rows"]:
         click.echo(
-            f"{row['weights']:8}{row['batch']:>6}{row['prompt']:>7}  {row['side']:8}"
-            f"{row['first_token'] * 1e3:>16.1f}{row['first_token_times']:>7.2f}x"
-            f"{row['prefill_rate']:>8.1f}{row['compute_share']:>10.0%}"
-            f"{row['step'] * 1e3:>9.2f}{row['step_times']:>7.2f}x{row['decode_rate']:>9.1f}"
-            f"{row['step_bytes'] / 1e6:>10.1f}{row['bandwidth_share']:>8.0%}"
-            f"{row['peak_memory'] / 1e6:>9.0f}"
+            f"{row['weights']:7}{row['batch']:>6}{row['prompt']:>7}{row['side']:>7}"
+            f"{row['first_token'] * 1e3:>9.1f}{row['first_token_times']:>6.2f}x"
+            f"{row['prefill_rate']:>7.1f}{row['compute_share']:>7.0%}"
+            f"{row['step'] * 1e3:>8.2f}{row['step_times']:>6.2f}x{row['decode_rate']:>7.1f}"
+            f"{row['step_bytes'] / 1e6:>8.1f}{row['bandwidth_share']:>6.0%}"
+            f"{row['peak_memory'] / 1e6:>7.0f}"
         )

@@ -32,24 +32,24 @@ def print_report(report: dict, *, parts: bool) -> None:
 
 
 def _print_rows(rows: list[dict]) -> None:
-    click.echo(f"{'':9}{'P streams':^44}{'plain model as good':^44}{'adds less':^16}")
-    figures = f"{'memory GB':>11}{'first ms':>11}{'ms/token':>11}{'answer s':>11}"
-    click.echo(f"{'batch':>5}{'P':>4}{figures}{'N':>8}{figures[:11]}{figures[22:]}{'memory':>10}"
+    click.echo(f"{'':9}{'P streams':^36}{'plain model, equal loss':^34}{'adds less':^17}")
+    figures = f"{'GB':>9}{'first ms':>9}{'ms/token':>9}{'answer s':>9}"
+    click.echo(f"{'batch':>5}{'P':>4}{figures}{'N':>7}{figures[:9]}{figures[18:]}{'memory':>9}"
                f"{'time':>8}")  # fmt: skip
     for row in rows:
         line = f"{row['batch']:>5}{row['streams']:>4}" + _figures(row["cost"])
         if row["streams"] > 1:
-            equal, less = row["as_good"], row["times_less"]
+            equal, less = row["equal_model"], row["increase_ratio"]
             figures = _figures(equal["cost"])
-            line += f"{count(equal['parameters']):>8}{figures[:11]}{figures[22:]}"
-            line += f"{less['memory']:>9.1f}x{less['time']:>7.1f}x"
+            line += f"{count(equal['parameters']):>7}{figures[:9]}{figures[18:]}"
+            line += f"{less['memory']:>8.1f}x{less['time']:>7.1f}x"
         click.echo(line)
-    click.echo("adds less: how many times less P streams add to P=1 than the larger model does")
+    click.echo("adds less: how many times less P streams add to P=1's than the larger model does")
 
 
 def _figures(cost: dict) -> str:
     numbers = (cost["memory"] / 1e9, cost["prefill"] * 1e3, cost["per_token"] * 1e3, cost["answer"])
-    return "".join(f"{n:>11.3f}" if n < 1e5 else f"{n:>11.4g}" for n in numbers)
+    return "".join(f"{n:>9.3f}" if n < 1e4 else f"{n:>9.4g}" for n in numbers)
 
 
 def _print_parts(rows: list[dict]) -> None:
@@ -78,7 +78,7 @@ def print_headline(*, as_json: bool) -> None:
         click.echo(json.dumps({
             "published": headline.PUBLISHED,
             "assumptions": headline.ASSUMPTIONS,
-            **{k: asdict(v) | {"times_less": v.times_less()} for k, v in sides.items()},
+            **{k: asdict(v) | {"increase_ratio": v.increase_ratio()} for k, v in sides.items()},
         }))  # fmt: skip
         return
     click.echo(
@@ -90,7 +90,7 @@ def print_headline(*, as_json: bool) -> None:
     click.echo(f"\n{'':38}{'added memory, MB':>18}{'':8}{'added time, ms':>18}")
     click.echo(f"{'':30}{'as good':>8}{'streams':>9}{'larger':>9}{'':8}{'streams':>9}{'larger':>9}")
     for name, side in zip(names, sides.values(), strict=True):
-        less = side.times_less()
+        less = side.increase_ratio()
         ours, larger = side.streams, side.larger
         click.echo(
             f"{name:30}{count(side.parameters):>8}"
@@ -99,10 +99,11 @@ def print_headline(*, as_json: bool) -> None:
         )
     click.echo("\nThe paper's accounting, as it gives the published figures:")
     for assumption in headline.ASSUMPTIONS:
-        click.echo(f"- {assumption}")
-    click.echo(
-        "\nparscale's own counts: the same device, precision, lengths and larger model, but the "
+        click.echo(click.wrap_text(f"- {assumption}", 100, subsequent_indent="  "))
+    click.echo()
+    click.echo(click.wrap_text(
+        "parscale's own counts: the same device, precision, lengths and larger model, but the "
         "prefix is read from the cache and never computed again, the cache is read as far as it is "
         "filled, the aggregator works on every token, the activations of all streams count, and "
-        "only the last token of the prompt has logits."
-    )
+        "only the last token of the prompt has logits.", 100,
+    ))  # fmt: skip

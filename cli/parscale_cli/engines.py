@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,7 @@ def open_onnx(
     if streams is None and (model is None or not is_export(Path(model).expanduser())):
         # As in MLX: the most that there are.
         streams = max(find_graphs(path))
-    return closing(open_engine(path, streams=streams, **options))
+    return open_engine(path, streams=streams, **options)
 
 
 def find_export(model: str | None, adapters: Sequence[Path], *, all_logits: bool) -> Path:

@@ -31,6 +31,6 @@ def _panel(axes: Axes, rows: list[dict], key: str, unit: float) -> None:
         axes.plot(costs, losses, "o-", color=f"C{n}", label=f"batch {batch}: streams")
         for row, x, y in zip(mine, costs, losses, strict=True):
             axes.annotate(f"P={row['streams']}", (x, y), (4, 4), textcoords="offset points")
-        larger = [row["as_good"]["cost"][key] / unit for row in mine if row["streams"] > 1]
+        larger = [row["equal_model"]["cost"][key] / unit for row in mine if row["streams"] > 1]
         axes.plot([costs[0], *larger], losses, "s--", color=f"C{n}", alpha=0.5,
                   label=f"batch {batch}: parameters")  # fmt: skip

@@ -52,7 +52,7 @@ class Headline:
     streams: Increase
     larger: Increase
 
-    def times_less(self) -> dict[str, float]:
+    def increase_ratio(self) -> dict[str, float]:
         return {
             "memory": self.larger.memory / self.streams.memory,
             "time": self.larger.time / self.streams.time,

@@ -22,8 +22,8 @@ def price(
 
     Returns:
         ``cost`` of the P streams in bytes and seconds and ``decode``, the parts of a decoding step;
-        with P > 1 also ``as_good``, the larger model and its cost, and ``times_less``: how many
-        times the larger model's increase over P=1 exceeds that of the streams.
+        with P > 1 also ``equal_model``, the larger model and its cost, and ``increase_ratio``: how
+        many times the larger model's increase over P=1 exceeds that of the streams.
     """
     lengths = {"batch": batch, "prompt": prompt, "answer": answer}
     plain, ours = replace(shape, streams=1), replace(shape, streams=streams)
@@ -43,8 +43,8 @@ def price(
     base = cost(plain, precision, machine, **lengths)
     equal = float(law.equivalent_parameters(parameters, streams))
     larger = cost(plain.widened(equal), precision, machine, **lengths)
-    row["as_good"] = {"parameters": equal, "cost": asdict(larger)}
-    row["times_less"] = {
+    row["equal_model"] = {"parameters": equal, "cost": asdict(larger)}
+    row["increase_ratio"] = {
         "memory": (larger.memory - base.memory) / (priced.memory - base.memory),
         "time": (larger.answer - base.answer) / (priced.answer - base.answer),
     }

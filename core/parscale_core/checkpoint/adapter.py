@@ -117,7 +117,7 @@ def adapter_folders(model: Path, given: Sequence[str | Path]) -> list[Path]:
     return [Path(path).expanduser() for path in given] or sorted((model / "adapters").glob("*/"))
 
 
-def find_adapters(folder: Path, adapters: Sequence[Path]) -> dict[int, Path | None]:
+def find_adapters(folder: Path, adapters: Sequence[str | Path]) -> dict[int, Path | None]:
     """The stream adapters over a model by their number of streams, and None for the model's own.
 
     Args:

@@ -105,6 +105,12 @@ class OnnxEngine:
             "active_bytes": memory.rss,
         }
 
+    def __enter__(self) -> "OnnxEngine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """As the protocol."""
         with self._lock:
