@@ -1,7 +1,5 @@
 """``parscale serve`` as its clients see it: the official client, and what it says of streams."""
 
-import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 from parscale_mlx.load import open_models
@@ -254,44 +252,6 @@ def test_messages_of_parts_and_of_tools(server):
         {"role": "tool", "content": "5", "tool_call_id": "1"},
     ]
     assert post(server, CHAT, {"messages": messages, "max_tokens": 3}).status == 200
-
-
-def test_a_tool_call(backbone, adapter, tmp_path):
-    """The tokens that the model says are renamed to spell a tool call."""
-    folder = shutil.copytree(backbone, tmp_path / "tools")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    mark = "{% if tools %} {% endif %}"
-    config["chat_template"] = config["chat_template"] + mark
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    words = ["Well.", "<tool_call>", '{"name":"add",', '"arguments":{"a":2}}', "</tool_call>"]
-    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
-    with serving(open_models(folder, [adapter])) as server:
-        for question in (f"add {n}" for n in range(60)):
-            body = chat(question, max_tokens=len(words), stream_weights=True, tools=[tool])
-            tokens = [token["id"] for token in spoken(post(server, CHAT, body), stream=False)]
-            if len(set(tokens)) == len(words) and min(tokens[1:]) > 127:
-                break
-        else:
-            raise AssertionError("none of these answers is of words alone")
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = {n: word for word, n in tokenizer["model"]["vocab"].items()}
-    vocabulary |= dict(zip(tokens[1:], words[1:], strict=True))
-    tokenizer["model"]["vocab"] = {word: n for n, word in vocabulary.items()}
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with serving(open_models(folder, [adapter])) as server:
-        for stream in (False, True):
-            answer = post(server, CHAT, chat(question, max_tokens=5, tools=[tool], stream=stream))
-            assert answer.status == 200
-            if stream:
-                calls = [
-                    call
-                    for chunk in answer.chunks()
-                    for call in chunk["choices"][0]["delta"].get("tool_calls", [])
-                ]
-            else:
-                calls = answer.json()["choices"][0]["message"]["tool_calls"]
-            assert [call["function"]["name"] for call in calls] == ["add"]
-            assert json.loads(calls[0]["function"]["arguments"]) == {"a": 2}
 
 
 def spoken(answer, *, stream: bool) -> list[dict]:

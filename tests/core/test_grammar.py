@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from parscale_core.engine import grammar
 from test_request_state import BYTES, END
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 SIZE = END + 8  # As in many models, the logits have more columns than the vocabulary has tokens.
 TOKENIZER = grammar.grammar_tokenizer(BYTES, SIZE, {END})
@@ -71,6 +73,21 @@ def test_drafts_are_taken_back_and_wrong_ones_told():
     assert allowed(c) == {d}
     assert allowed(c, d) == {END}
     assert allowed() == {a, c}
+
+
+def test_what_a_vocabulary_cannot_write_is_an_error():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "<end>": 2}, []))
+    tokenizer.add_special_tokens(["<end>"])
+    with pytest.raises(ValueError, match="grammar: this tokenizer"):
+        plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        grammar.grammar_tokenizer(plain, 3, {2})
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+    own = grammar.grammar_tokenizer(tokenizer, 3, {2})
+    matcher = grammar.GrammarMatcher(own, grammar.from_regex("abc"), 3)
+    assert matcher.allowed([0]).tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="no token"):
+        matcher.allowed([0, 1])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
+NO_TOKEN = "grammar: this model has no token for what must come next"
 # One line, as json.dumps writes it: free white space lets a model write blanks for ever.
 _JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -94,7 +95,10 @@ def grammar_tokenizer(tokenizer: Any, vocab_size: int, end_tokens: Collection[in
     text = json.loads(backend.to_str())
     text["truncation"] = text["padding"] = None
     size = max(vocab_size, backend.get_vocab_size(with_added_tokens=True))
-    return LLTokenizer(json.dumps(text), n_vocab=size, eos_token=sorted(end_tokens))
+    try:
+        return LLTokenizer(json.dumps(text), n_vocab=size, eos_token=sorted(end_tokens))
+    except ValueError as error:
+        raise ValueError(f"grammar: this tokenizer cannot be used: {_one_line(error)}") from error
 
 
 class GrammarMatcher:
@@ -119,7 +123,7 @@ class GrammarMatcher:
         be asked for in any order; one that goes on where the last ended costs least.
 
         Raises:
-            ValueError: the grammar became too complex to follow.
+            ValueError: the grammar became too complex to follow, or no token can follow it.
         """
         common = 0
         for ours, theirs in zip(self.consumed, answer, strict=False):
@@ -137,11 +141,16 @@ class GrammarMatcher:
         self.consumed += new
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         self._check()
-        return np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool)
+        allowed = np.unpackbits(bits, bitorder="little")[: self.vocab_size].astype(bool)
+        if not allowed.any() and not self.matcher.is_stopped():
+            raise ValueError(NO_TOKEN)
+        return allowed
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            raise ValueError(f"grammar: {_one_line(self.matcher.get_error())}")
+            error = self.matcher.get_error()
+            is_stuck = error.startswith("NoExtension")
+            raise ValueError(NO_TOKEN if is_stuck else f"grammar: {_one_line(error)}")
 
 
 def _one_line(error: object) -> str:

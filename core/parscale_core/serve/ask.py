@@ -1,6 +1,6 @@
 """From a request's fields to what the engine is asked."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Ask:
         n: answers to each.
         logprobs: likeliest tokens to tell, None for no logprobs.
         schema: a JSON schema for the answers.
-        reads_calls: the answers may call tools.
+        tools: that the answers may call, as OpenAI's chat has them.
     """
 
     general: Generation
@@ -31,7 +31,7 @@ class Ask:
     n: int = 1
     logprobs: int | None = None
     schema: Mapping[str, Any] | None = None
-    reads_calls: bool = False
+    tools: Sequence[dict[str, Any]] = ()
 
 
 def requests_of(ask: Ask, serving: Any, model: str, deadline: float) -> list[Request]:

@@ -101,7 +101,7 @@ def ask(fields: ChatRequest, tokenizer: Any) -> Ask:
         n=fields.n,
         logprobs=(tops or 0) if fields.logprobs or tops else None,
         schema=schema,
-        reads_calls=bool(tools),
+        tools=tools,
     )
 
 

@@ -105,13 +105,13 @@ def ask(fields: MessageRequest, tokenizer: Any) -> Ask:
     )
     goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     ids = prompt.encode_chat(tokenizer, messages, tools=tools or None, goes_on=goes_on)
-    return Ask(general, [ids], reads_calls=bool(tools))
+    return Ask(general, [ids], tools=tools)
 
 
 def whole(fields: MessageRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:
     (answer,) = answers
     content = [{"type": "text", "text": answer.text}] if answer.text else []
-    content += [_use(call) | {"input": _input(call)} for call in answer.calls]
+    content += [_use(call) | {"input": json.loads(call.arguments)} for call in answer.calls]
     return _message(turn) | {
         "content": content,
         **_end(fields, turn, answer),
@@ -204,13 +204,6 @@ def _usage(turn: Turn) -> dict[str, int]:
 
 def _use(call: Call) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name}
-
-
-def _input(call: Call) -> Any:
-    try:
-        return json.loads(call.arguments)
-    except ValueError:
-        return {"arguments": call.arguments}
 
 
 def _start(index: int, block: dict[str, Any]) -> bytes:

@@ -116,7 +116,7 @@ def ask(fields: ResponseRequest, tokenizer: Any) -> Ask:
         top_p=fields.top_p,
     )
     ids = prompt.encode_chat(tokenizer, messages, tools=tools or None)
-    return Ask(general, [ids], schema=schema, reads_calls=bool(tools))
+    return Ask(general, [ids], schema=schema, tools=tools)
 
 
 def whole(fields: ResponseRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:
@@ -244,5 +244,5 @@ def _said(call: Call) -> dict[str, str]:
 
 
 def _call_item(call: Call) -> dict[str, Any]:
-    head = {"type": "function_call", "id": f"fc_{call.id[5:]}", "call_id": call.id}
+    head = {"type": "function_call", "id": f"fc_{call.id}", "call_id": call.id}
     return head | {"status": "completed", **_said(call)}

@@ -58,7 +58,10 @@ class Turn:
         self._handles: list[Any] = []
         self._items: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._readers = [CallReader() if ask.reads_calls else None for _ in range(self.count)]
+        template = str(serving.engine.tokenizer.chat_template)
+        self._readers = [
+            CallReader(template, ask.tools) if ask.tools else None for _ in range(self.count)
+        ]
         self._has_called: set[int] = set()
 
     def submit(self) -> None:
