@@ -102,12 +102,43 @@ def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
 
 
 def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
-    """mlx-lm's own class over the same weights."""
-    family = config["model_type"].removesuffix("_parscale")
-    theirs: Any = TWINS[family]
-    twin = theirs.Model(theirs.ModelArgs.from_dict(config | {"model_type": family}))
-    _fill(twin, backbone, config)
+    """mlx-lm's own class over the same weights.
+
+    Raises:
+        ValueError: that class has no place for some of the weights.
+    """
+    args = backbone.args
+    theirs: Any = TWINS[args.family]
+    twin = theirs.Model(theirs.ModelArgs.from_dict(config | _mlx_lm_fields(args, config)))
+    try:
+        _fill(twin, backbone, config)
+    except ValueError as error:
+        raise ValueError(
+            f"mlx-lm's own class of {args.family} has other tensors than this model, so there is "
+            f"nothing to measure beside it: {str(error).splitlines()[0]}"
+        ) from error
     return twin
+
+
+def _mlx_lm_fields(args: ModelConfig, config: dict) -> dict:
+    # Where config.json leaves them out, or has them in another place, its classes mean others.
+    return {
+        "model_type": args.family,
+        "head_dim": args.head_dim,
+        "num_key_value_heads": args.num_key_value_heads,
+        "rms_norm_eps": args.rms_norm_eps,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rope_theta": args.rope.theta,
+        "rope_scaling": config.get("rope_scaling") or config.get("rope_parameters"),
+        "tie_word_embeddings": args.tie_word_embeddings,
+        "attention_bias": args.output_bias,
+        "mlp_bias": args.mlp_bias,
+        "no_rope_layers": [int(rotated) for rotated in args.rotated_layers],
+        "attention_multiplier": args.attention_scale,
+        "embedding_multiplier": args.embedding_scale,
+        "residual_multiplier": args.residual_scale,
+        "logits_scaling": 1 / args.logits_scale,
+    }
 
 
 def random_streams(args: ModelConfig, streams: int) -> Adapter:

@@ -101,6 +101,14 @@ def _config_to_write(model: Model, config: dict, to: str) -> dict:
     # The code that auto_map names is never copied along, and an MLX folder has no use for it.
     config = {key: value for key, value in config.items() if key not in ("model_file", "auto_map")}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(model)
+    if to == "mlx":
+        # Where mlx-lm's classes look; what is left out means something else to them.
+        config.setdefault("tie_word_embeddings", model.args.tie_word_embeddings)
+        config.setdefault("rope_theta", model.args.rope.theta)
+        if rope := config.get("rope_parameters"):
+            config.setdefault("rope_scaling", rope)
+        if model.args.family == "qwen3":
+            config.setdefault("head_dim", model.args.head_dim)
     if to == "hf" and model.args.streams > 1:
         config.setdefault("architectures", [ARCHITECTURES[model.args.family]])
         if model.args.family == "qwen2":

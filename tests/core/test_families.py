@@ -3,8 +3,11 @@
 import json
 
 import parscale_mlx
+from parscale_mlx.benchmark import mlx_lm_twin
+from parscale_mlx.convert import convert
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from helpers.made_folders import SIZES, add_streams, expected, expected_of_streams, make, tokens
@@ -47,6 +50,20 @@ def test_one_stream(folders, tmp_path):
         assert close(OnnxModel(tmp_path / ops).logits(IDS), wanted), ops
 
 
+def test_mlx_lms_own_class(folders, tmp_path, request):
+    """It reads what is converted, and it is what ``bench`` measures beside."""
+    one, wanted = folders[0], expected(folders[0], IDS)
+    model, config = parscale_mlx.load_model(one, dtype=mx.float32)
+    if "qwen3 with biases" in request.node.name:  # which mlx-lm has not
+        with pytest.raises(ValueError, match="mlx-lm's own class of qwen3 has other tensors"):
+            mlx_lm_twin(model, config)
+        return
+    convert(one, tmp_path / "mlx")
+    theirs, _ = mlx_lm.utils.load_model(tmp_path / "mlx")
+    for other in (theirs, mlx_lm_twin(model, config)):
+        assert close(np.array(other(mx.array([IDS]))[0]), wanted)
+
+
 def test_streams_in_mlx(folders):
     one, three = folders
     wanted = expected_of_streams(one, three, IDS)
@@ -77,6 +94,9 @@ def test_streams_in_onnx(folders, tmp_path, ops, kv_layout):
         ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ("granite", {"logits_scaling": "8"}, "logits_scaling is '8'"),
         ("granite", {"logits_scaling": 0}, "logits_scaling is 0"),
+        ("granite", {"attention_multiplier": 0}, "attention_multiplier is 0"),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window true"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window true"),
         ("gemma2", {}, "model_type 'gemma2' is not one of qwen2"),
     ],
     ids=str,

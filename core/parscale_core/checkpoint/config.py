@@ -136,8 +136,9 @@ class ModelConfig:
             rope_traditional=_flag(raw, "rope_traditional"),
             rotated_layers=_rotated_layers(raw if family == "smollm3" else {}, layers),
             qk_norm=family == "qwen3",
-            attention_scale=_number(
-                multipliers, "attention_multiplier", 1.0 if multipliers else head_dim**-0.5
+            attention_scale=positive(
+                "attention_multiplier",
+                multipliers.get("attention_multiplier", 1.0) if multipliers else head_dim**-0.5,
             ),
             embedding_scale=_number(multipliers, "embedding_multiplier", 1.0),
             residual_scale=_number(multipliers, "residual_multiplier", 1.0),
