@@ -28,6 +28,13 @@ LONGROPE = {
     "long_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 3.0, 4.0, 5.0],
 }
 LINEAR = {"rope_type": "linear", "factor": 3.0}
+NEWER = [
+    {"model_type": "qwen3", "head_dim": 32, "attention_bias": True},
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+    {"model_type": "granite", "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
+     "residual_multiplier": 0.5, "logits_scaling": 2.0},
+]  # fmt: skip
 
 
 def plain_config(model_type="llama", rope_scaling=None) -> dict:
@@ -58,7 +65,15 @@ def plain_model(config: dict) -> Model:
 @pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN, LONGROPE], ids=str)
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
 def test_streams_of_one_text_are_the_model_after_that_text(model_type, scaling):
-    config = plain_config(model_type, scaling)
+    check_streams_of_one_text(plain_config(model_type, scaling))
+
+
+@pytest.mark.parametrize("fields", NEWER, ids=lambda fields: fields["model_type"])
+def test_streams_of_one_text_in_other_families(fields):
+    check_streams_of_one_text(plain_config() | fields)
+
+
+def check_streams_of_one_text(config):
     model = plain_model(config)
     past, rest = mx.random.randint(0, 320, (1, 24)), mx.random.randint(0, 320, (2, 40))
     whole = mx.concatenate([mx.repeat(past, 2, axis=0), rest], axis=1)
