@@ -108,7 +108,9 @@ def write_gguf(path, weights, sizes, *, architecture="llama", kind=Kind.F32, met
     for add in metadata:
         add(writer)
     for name, array in weights.items():
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
+        if architecture in ("llama", "smollm3", "granite") and (
+            "q_proj" in name or "k_proj" in name
+        ):
             array = permute(array, sizes["heads" if "q_proj" in name else "kv_heads"])
         if array.ndim > 1 and kind != Kind.F32:
             array = gguf.quantize(array, kind)

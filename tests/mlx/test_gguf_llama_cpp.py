@@ -60,6 +60,30 @@ def test_logits_of_other_families(tmp_path, architecture):
     check_logits(write_gguf(tmp_path / "m.gguf", weights, sizes, **kind))
 
 
+def test_logits_of_layers_without_rotary_embedding(tmp_path):
+    weights, sizes = random_weights(layers=5)
+    kind = {"architecture": "smollm3", "metadata": [words]}
+    check_logits(write_gguf(tmp_path / "m.gguf", weights, sizes, **kind))
+
+
+@pytest.mark.parametrize(
+    "multipliers",
+    [
+        {"logit_scale": 4.0},
+        {"logit_scale": 2.0, "residual_scale": 0.4, "embedding_scale": 3.0, "attention.scale": 0.1},
+        {"logit_scale": 1.5, "residual_scale": 0.0, "embedding_scale": 0.0, "attention.scale": 0.0},
+    ],
+    ids=["one", "all", "none"],
+)
+def test_logits_of_granite(tmp_path, multipliers):
+    def add(writer):
+        for name, value in multipliers.items():
+            writer.add_float32(f"granite.{name}", value)
+
+    kind = {"architecture": "granite", "metadata": [words, add]}
+    check_logits(write_gguf(tmp_path / "m.gguf", *random_weights(), **kind))
+
+
 def check_logits(file):
     """Ours after 100 tokens are llama.cpp's."""
     folder = file.with_suffix("")

@@ -70,6 +70,23 @@ def test_metadata(tmp_path, key, value, word):
     assert word in line and any(name in line for name in (key, "shape", "head_dim"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "word"),
+    [
+        ("logit_scale", None, "has no granite.logit_scale"),
+        ("logit_scale", 0.0, "logits_scaling is 0"),
+        ("attention.scale", -0.5, "attention_multiplier is -0.5"),
+        ("embedding_scale", "big", "a number"),
+        ("rope.scaling.finetuned", False, "rotary embedding is used"),
+        ("final_logit_softcapping", 30.0, "the only value"),
+    ],
+)
+def test_metadata_of_granite(tmp_path, key, value, word):
+    metadata = [words, changed("granite.logit_scale", 2.0), changed(f"granite.{key}", value)]
+    kind = {"architecture": "granite", "metadata": metadata}
+    assert word in failure(write_gguf(tmp_path / "m.gguf", *random_weights(), **kind))
+
+
 def test_equal_arrays_are_one_value(tmp_path):
     metadata = [changed(HEADS, [4, 4]), changed("llama.feed_forward_length", [96, 96])]
     file = write_gguf(tmp_path / "m.gguf", *random_weights(), metadata=metadata)

@@ -17,6 +17,8 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "granite": "GraniteForCausalLM",
 }
 ROPE_FACTORS = "rope_freqs.weight"
 READ = {
@@ -26,6 +28,7 @@ READ = {
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type",
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
 }  # fmt: skip
+GRANITE = {"logit_scale", "residual_scale", "embedding_scale"}
 # These say how a model was made or is packed, and change no numbers.
 IDLE = {"rope.scaling.finetuned", "tensor_data_layout", "expert_used_count", "pooling_type"}
 # These change none where they have this value.
@@ -90,6 +93,8 @@ def read_config(file: GGUF) -> dict[str, Any]:
     }
     if config["rope_theta"] <= 1:
         raise file.wrong(f"{architecture}.rope.freq_base", config["rope_theta"], "more than 1")
+    if architecture == "granite":
+        config |= _multipliers(file, head_dim)
     config = {key: value for key, value in config.items() if value is not None}
     try:
         if scaling := _rope_scaling(file, names.get(ROPE_FACTORS), config):
@@ -127,6 +132,8 @@ def check_architecture(file: GGUF) -> str:
         name = key.removeprefix(f"{architecture}.")
         if name == key or name in READ or name in IDLE:
             continue
+        if architecture == "granite" and name in GRANITE:
+            continue
         if name not in NEUTRAL:
             raise ValueError(f"{path}: the key {key} is not understood")
         value = file.value(key)
@@ -147,11 +154,27 @@ def _check_heads(file: GGUF, architecture: str, head_dim: int) -> None:
     key = f"{architecture}.attention.value_length"
     if (values := file.whole(key, head_dim)) != head_dim:
         raise file.wrong(key, values, f"the {head_dim} of the keys")
+    if architecture == "granite":  # has a multiplier in its place
+        return
     key = f"{architecture}.attention.scale"
     usual = head_dim**-0.5
     scale = file.number(key, usual)
     if scale and not isclose(scale, usual, rel_tol=1e-5):
         raise file.wrong(key, scale, f"{usual:g}, the only value that is supported")
+
+
+def _multipliers(file: GGUF, head_dim: int) -> dict[str, float]:
+    """Granite's; to llama.cpp 0 stands for none, but not of the logits."""
+    if not file.flag("granite.rope.scaling.finetuned", True):
+        raise file.wrong("granite.rope.scaling.finetuned", False, "true: rotary embedding is used")
+    if (logits := file.number("granite.logit_scale")) is None:
+        raise ValueError(f"{file.path}: the metadata has no granite.logit_scale")
+    return {
+        "logits_scaling": logits,
+        "residual_multiplier": file.number("granite.residual_scale") or 1.0,
+        "embedding_multiplier": file.number("granite.embedding_scale") or 1.0,
+        "attention_multiplier": file.number("granite.attention.scale") or head_dim**-0.5,
+    }
 
 
 def _rope_scaling(

@@ -1,4 +1,4 @@
-"""Read a GGUF file of the Llama, Qwen2 or Qwen3 family into a Hugging Face-like folder.
+"""Read a GGUF file of one of the families in ``ARCHITECTURES`` into a Hugging Face-like folder.
 
 The ``gguf`` package dequantises the tensors; here they get their published names and layout back.
 """
@@ -56,7 +56,7 @@ def find_gguf(path: Path) -> Path | None:
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Open a GGUF file of a Llama, Qwen2 or Qwen3 model.
+    """Open a GGUF file of a model of one of the ``ARCHITECTURES``.
 
     Raises:
         ValueError: the file is truncated or not GGUF, is no whole model of a supported
@@ -176,7 +176,7 @@ def _save_shard(folder: Path, shard: dict[str, np.ndarray], places: dict[str, st
 
 
 def _read_tensors(file: GGUF, config: dict, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    is_llama = config["model_type"] == "llama"
+    is_llama = config["model_type"] not in ("qwen2", "qwen3")
     for tensor in file.tensors:
         if tensor.name == ROPE_FACTORS:
             continue
@@ -190,5 +190,5 @@ def _read_tensors(file: GGUF, config: dict, dtype: np.dtype) -> Iterator[tuple[s
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     # ggml rotates neighbouring pairs of a Llama head, published checkpoints its two halves: the
-    # rows of a head run (half, 2) there and (2, half) here. Qwen2's are stored as published.
+    # rows of a head run (half, 2) there and (2, half) here. Qwen's are stored as published.
     return values.reshape(heads, -1, 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
