@@ -20,7 +20,7 @@ FAMILIES = {
 }  # fmt: skip
 SIZES = {"vocab_size": 320, "max_position_embeddings": 512}
 TRAIN = (
-    *("train", "--stage", "streams", "--streams", 2, "--prefix-tokens", 6, "--seq-length", 32),
+    *("train", "--stage", "streams", "--streams", 2, "--prefix-length", 6, "--seq-length", 32),
     *("--batch-size", 2, "--steps", 4, "--lr", 0.01, "--quiet", "--json"),
 )
 
