@@ -91,7 +91,9 @@ def test_bytes_that_four_ranks_send_for_a_token():
     # Each of the two ranks with the same streams gathers half a hidden state of them.
     expected = 3 * (P // 2) * hidden // 2 + layers * 2 * (2 * 3) * P * hidden // 4 + 3 * 4
     for outcome in run_ranks(4, rank_jobs.measure, "p4", "2x2", 2):
-        assert outcome.result["sent"] == outcome.result["formula"] == expected
+        assert outcome.result["formula"] == expected
+        # Linux also counts the single bytes with which it tries a receiver that is behind.
+        assert 0 <= outcome.result["sent"] - expected < 2
 
 
 @needs_linux
