@@ -90,6 +90,25 @@ def test_another_backbone_is_refused_unless_it_is_near(parscale, plain, tmp_path
     assert "inf" in error_line(parscale(*run, "--tolerance", 1, "--force"))
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"rope_theta": 5e5}, "its rotary embedding (default, rope_theta 500000) is not that of"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "(linear, rope_theta 10000)"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001, where"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 4}, "num_attention_heads is 8, where"),
+        ({"rope_traditional": True}, "rope_traditional is True, where"),
+    ],
+    ids=str,
+)
+def test_the_same_tensors_that_compute_other_numbers(parscale, plain, tmp_path, fields, words):
+    backbone = plain("p4")
+    config = json.loads((backbone / "config.json").read_text())
+    (backbone / "config.json").write_text(json.dumps(config | fields))
+    run = ("adapter", "extract", GOLDEN / "p4", "--backbone", backbone, "-o", tmp_path / "a")
+    assert words in error_line(parscale(*run))
+
+
 def test_what_has_no_streams_or_other_sizes(parscale, plain, tmp_path):
     backbone, out = plain("p4"), tmp_path / "a"
     run = ("adapter", "extract")

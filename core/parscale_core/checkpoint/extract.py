@@ -1,7 +1,7 @@
 """Take the streams of a whole checkpoint out of it, as an adapter over its backbone."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,11 @@ from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.checkpoint.weight_files import find_safetensors
 from parscale_core.progress import progress_bar
 
+# Fields that are about the streams, or change no numbers, or are compared in another way.
+MAY_DIFFER = {
+    "model_type", "streams", "prefix_length", "smoothing", "raw", "max_position_embeddings",
+    "tie_word_embeddings", "rope",
+}  # fmt: skip
 BLOCK = 1 << 22  # numbers of a tensor to compare at a time
 
 
@@ -68,8 +73,8 @@ def extract(
     Raises:
         FileExistsError: ``output`` exists.
         FileNotFoundError: a folder, or a file in it, is not there.
-        ValueError: the source has one stream, the backbone several, the two have other sizes, or
-            their weights differ by more than ``tolerance``.
+        ValueError: the source has one stream, the backbone several, the two have other sizes or
+            settings, or their weights differ by more than ``tolerance``.
     """
     output = Path(output).expanduser()
     check_output(output, force=force, marker=ADAPTER)
@@ -117,6 +122,7 @@ def _check_sizes(whole: Checkpoint, plain: Checkpoint) -> None:
             f"{plain.folder}: a model of the family {plain.config.family}, and {whole.folder} is "
             f"of {whole.config.family}"
         )
+    _check_settings(whole, plain)
     for name in whole.names():
         if is_stream_tensor(name):
             continue
@@ -126,6 +132,23 @@ def _check_sizes(whole: Checkpoint, plain: Checkpoint) -> None:
                 f"{plain.folder}: {name} is {found}, where {whole.folder} has "
                 f"{list(whole.shape(name))}"
             )
+
+
+def _check_settings(whole: Checkpoint, plain: Checkpoint) -> None:
+    # The same tensors compute other numbers where a head has another size or another rotation.
+    ours, theirs = whole.config, plain.config
+    for name in (field.name for field in fields(ModelConfig)):
+        if name not in MAY_DIFFER and getattr(ours, name) != getattr(theirs, name):
+            raise ValueError(
+                f"{plain.folder}: {name} is {getattr(theirs, name)}, where {whole.folder} has "
+                f"{getattr(ours, name)}"
+            )
+    if str(ours.rope.rotation()) != str(theirs.rope.rotation()):
+        raise ValueError(
+            f"{plain.folder}: its rotary embedding ({theirs.rope.kind}, rope_theta "
+            f"{theirs.rope.theta:g}) is not that of {whole.folder} ({ours.rope.kind}, "
+            f"{ours.rope.theta:g})"
+        )
 
 
 def _difference(whole: Checkpoint, plain: Checkpoint, name: str) -> float:
