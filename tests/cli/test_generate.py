@@ -169,6 +169,19 @@ def test_speculative_decoding_gives_the_same_text(parscale, model, plain_model, 
         assert tokens_of(result) == reference("Hi", 9)[0]
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--seed", 2**64, f"{2**64} is more than {2**64 - 1}"),
+        ("--seed", -(2**63) - 1, f"is less than {-(2**63)}"),
+        ("-n", 2**31, f"{2**31} is more than {2**31 - 1}"),
+    ],
+)
+def test_numbers_too_large(parscale, model, option, value, words):
+    failed = parscale("generate", "--model", model, "-p", "Hi", option, value)
+    assert failed.exit_code == 2 and words in failed.stderr
+
+
 @pytest.mark.parametrize("penalty", ["repetition", "presence", "frequency"])
 def test_penalties_go_with_a_draft(parscale, model, plain_model, penalty):
     run = ("generate", "--model", model, "-n", 16, "--json", f"--{penalty}-penalty", 2,

@@ -18,6 +18,15 @@ class Whole(click.IntRange):
     def __init__(self, min: int | None = None, max: int | None = MOST):
         super().__init__(min, max)
 
+    def convert(self, value, param, ctx) -> int:
+        number = click.INT.convert(value, param, ctx)
+        # The description of the range leaves out limits that only stand for an integer's size.
+        if self.max is not None and number > self.max:
+            self.fail(f"{value} is more than {self.max}", param, ctx)
+        if self.max == 2**64 - 1 and self.min is not None and number < self.min:
+            self.fail(f"{value} is less than {self.min}", param, ctx)
+        return super().convert(value, param, ctx)
+
     def _describe_range(self) -> str:
         if self.max == MOST:
             return f"x>={self.min}"
