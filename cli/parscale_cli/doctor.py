@@ -24,6 +24,8 @@ REFERENCE_BLAS_GFLOPS = 20
 )
 def doctor(as_json, clear_cache):
     """Print versions, devices, the BLAS that answers and its speed, memory, and what to install."""
+    if clear_cache and as_json:
+        raise click.UsageError("--json cannot go with --clear-cache")
     if clear_cache:
         click.echo(f"{cache_folder()}: {clear() / 1e9:.3f} GB deleted")
         return

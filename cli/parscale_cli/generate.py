@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
+from parscale_core.checkpoint.output import check_file
 from parscale_core.engine import Request
 
 from parscale_cli import show
@@ -198,8 +199,7 @@ def _check_together(ctx: click.Context, options: dict, many: bool) -> None:
             raise click.UsageError(
                 f"--prompt-cache {cache_file}: its name must end in .safetensors"
             )
-        if not cache_file.parent.is_dir():
-            raise click.UsageError(f"--prompt-cache {cache_file}: there is no such folder")
+        check_file(cache_file, force=True)
     if options["draft"] is None and options["draft_model"] is None:
         refuse(ctx, "needs --draft or --draft-model", "num_draft_tokens")
     apart = (

@@ -212,6 +212,8 @@ def _check_used(context: click.Context, settings: TrainSettings) -> None:
         refuse(context, "needs a folder as --data or --valid", "pattern")
     if settings.streams is None:
         refuse(context, "needs --streams", "prefix_length", "smoothing", "init")
+    if settings.stage == "pretrain":
+        refuse(context, "needs --stage streams", "frozen")
     if settings.report_to is None:
         refuse(context, "needs --report-to", "project_name")
 

@@ -133,6 +133,8 @@ def given(ctx: click.Context) -> dict[str, str]:
     """By name, how the options are spelt that the user gave."""
     return {
         parameter.name: max(parameter.opts, key=len)
+        if isinstance(parameter, click.Option)
+        else parameter.name.upper()
         for parameter in ctx.command.params
         if parameter.name and ctx.get_parameter_source(parameter.name) != ParameterSource.DEFAULT
     }

@@ -34,7 +34,7 @@ def check_output(output: Path, *, force: bool, marker: str = MODEL) -> None:
 
     Raises:
         FileExistsError: it exists and ``force`` is not given, or it is something else.
-        NotADirectoryError, PermissionError: it cannot be made where it should be.
+        NotADirectoryError, OSError: it cannot be made where it should be.
     """
     _check_parent(output)
     if not output.exists() and not output.is_symlink():
@@ -56,7 +56,7 @@ def check_file(file: Path, *, force: bool) -> None:
     Raises:
         FileExistsError: it exists and ``force`` is not given, or it is no file.
         FileNotFoundError: there is no folder for it.
-        NotADirectoryError, PermissionError: it cannot be made where it should be.
+        NotADirectoryError, OSError: it cannot be made where it should be.
     """
     if not file.absolute().parent.exists():
         raise FileNotFoundError(f"{file}: there is no folder {file.parent}")
@@ -87,8 +87,7 @@ def working_folder(output: Path) -> Iterator[Path]:
     parent = _existing_parent(output)
     prefix = f".{output.name}.work-"
     _sweep(parent, prefix)
-    with _naming(output, parent):
-        work = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    work = _make_folder(output, parent, prefix)
     _working.add(work)
     try:
         # Locked before it has the name that others look at.
@@ -142,8 +141,15 @@ def _check_parent(output: Path) -> None:
     parent = _existing_parent(output)
     if not parent.is_dir():
         raise NotADirectoryError(f"{output}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{output}: no permission to write in {parent}")
+    _make_folder(output, parent, f".{output.name}.probe-").rmdir()
+
+
+def _make_folder(output: Path, parent: Path, prefix: str) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+    except OSError as error:
+        why = f"cannot be written: {(error.strerror or str(error)).lower()}"
+        raise OSError(f"{output} {why} (in {parent})") from error
 
 
 @contextmanager
