@@ -74,6 +74,8 @@ def check_quantization(how: Quantization) -> Quantization:
     if how.recipe is not None:
         _check_recipe(how)
     usual_group_size, usual_bits = MODES[how.mode]
+    if how.recipe in QUANT_RECIPES:  # named by their fewest and most bits
+        usual_bits = int(how.recipe.split("_")[1])
     group_size, bits = how.group_size or usual_group_size, how.bits or usual_bits
     try:
         mx.quantize(mx.zeros((1, 16 * group_size)), group_size, bits, mode=how.mode)

@@ -175,12 +175,14 @@ def _quantization(asked: dict, text_file: Path | None):
             raise click.UsageError(f"{name} needs --q-recipe {' or '.join(LEARNT)}")
     given = {name: value for name, value in asked.items() if value is not None}
     fields = {Q_OPTIONS[name]: value for name, value in given.items()}
+    quantization = Quantization(**fields)
     try:
-        return check_quantization(Quantization(**fields))
+        check_quantization(quantization)
     except ValueError as error:
         field = "q_recipe" if "q_recipe" in given else "q_mode"
         name = f"--{field.replace('_', '-')} {given.get(field, 'affine')}"
         raise click.UsageError(f"{name}: {error}") from error
+    return quantization
 
 
 def _need(option: str, **given) -> None:
@@ -205,7 +207,9 @@ def _print(result, dry_run: bool) -> None:
     kind = result.dtype
     if result.quantization:
         q = result.quantization
-        kind = f"{q['bits']} bits in groups of {q['group_size']} ({q['mode']}), the rest {kind}"
+        own = {layer["bits"] for layer in q.values() if isinstance(layer, dict)}
+        bits = " and ".join(map(str, sorted({q["bits"]} | own)))
+        kind = f"{bits} bits in groups of {q['group_size']} ({q['mode']}), the rest {kind}"
     click.echo(f"{'Would write' if dry_run else 'Wrote'} {result.output}")
     click.echo(f"{result.parameters / 1e6:,.1f} million parameters, {streams}")
     click.echo(f"{kind}: {result.bytes / 1e6:,.1f} MB, {result.bits_per_weight:.2f} bits a weight")

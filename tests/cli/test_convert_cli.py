@@ -65,6 +65,7 @@ def test_grafting(plain_model, tmp_path):
         (["-q", "--q-mode", "gptq"], "'gptq' is not one of"),
         (["-q", "--q-mode", "mxfp4", "--q-bits", "8"], "--q-mode mxfp4: "),
         (["-q", "--q-group-size", "16"], "--q-mode affine: "),
+        (["-q", "--q-recipe", "mixed_3_6", "--q-bits", "4"], "--q-recipe mixed_3_6: "),
         (["--dtype", "int8"], "'int8' is not one of"),
         (["--q-bits", "4"], "--q-bits needs --quantize"),
         (["--q-mode", "affine"], "--q-mode needs --quantize"),
@@ -98,3 +99,19 @@ def test_failures_are_one_line(parscale, tmp_path):
     assert result.stderr == f"Error: {tmp_path / 'out'} exists already (--force replaces it)\n"
     result = parscale("convert", GOLDEN / "p4", "-o", tmp_path / "out", "--force")
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--q-recipe", "mixed_3_6"), "3 and 6 bits in groups of 32 (affine)"),
+        (("--q-recipe", "mixed_4_6", "--q-mode", "affine"), "4 and 6 bits in groups of 32"),
+        (("--q-bits", 3), "3 bits in groups of 32 (affine)"),
+    ],
+    ids=str,
+)
+def test_recipes(parscale, model, tmp_path, options, words):
+    run = ("convert", model, "--quantize", "--q-group-size", 32, "-o", tmp_path / "out")
+    result = parscale(*run, *options)
+    assert result.exit_code == 0, result.output
+    assert words in result.stdout
