@@ -21,7 +21,7 @@ generate --model M -p a --temp nan                          | nan is not a finit
 generate --model M -p a --temp inf                          | inf is not a finite number
 generate --model M -p a --temp 1e-300                       | beyond the numbers that float32 holds
 generate --model M -p a --presence-penalty 1e39             | beyond the numbers that float32 holds
-generate --model M -p a -n 99999999999999999999             | is too large
+generate --model M -p a -n 99999999999999999999             | is more than
 generate --model M -p a --top-p 0.5                         | --top-p needs --temp above 0
 generate --model M -p a --repetition-context 9              | needs one of the penalties
 generate --model M -p a --num-draft-tokens 4                | needs --draft or --draft-model

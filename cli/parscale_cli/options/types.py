@@ -15,12 +15,6 @@ class Whole(click.IntRange):
 
     name = "N"
 
-    def convert(self, value, param, ctx) -> int:
-        number = click.INT.convert(value, param, ctx)
-        if self.max == MOST < number:
-            self.fail(f"{value} is too large", param, ctx)
-        return super().convert(value, param, ctx)
-
     def __init__(self, min: int | None = None, max: int | None = MOST):
         super().__init__(min, max)
 
