@@ -53,7 +53,7 @@ verify OUT --against ""                                     | --against': it is 
 bench --model M --group-size 32                             | --group-size needs --quantize
 serve --model M --timeout nan                               | nan is not a finite number
 serve --model M --name ""                                   | --name': it is empty
-serve --model M --prompt-cache-bytes 99999999999999999999   | not in the range
+serve --model M --prompt-cache-bytes 99999999999999999999   | is more than
 adapter show ""                                             | it is empty
 adapter extract M --backbone M -o OUT --tolerance nan       | nan is not a finite number
 doctor --clear-cache --json                                 | --json cannot go with --clear-cache
