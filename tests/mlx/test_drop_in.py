@@ -136,7 +136,15 @@ def test_lora_learns_with_the_streams_in_place(folder, tmp_path):
         "--iters", 4, "--batch-size", 2, "--num-layers", 2, "--adapter-path", tmp_path / "lora",
         "--steps-per-eval", 4, "--val-batches", 1, "--max-seq-length", 64,
     )  # fmt: skip
-    assert mx.load(str(tmp_path / "lora" / "adapters.safetensors"))
+    options = ("--model", folder, "--trust-remote-code", "--adapter-path", tmp_path / "lora")
+    run("fuse", *options, "--save-path", tmp_path / "fused")
+    with_lora, _ = mlx_lm.load(
+        str(folder), adapter_path=str(tmp_path / "lora"), trust_remote_code=True
+    )
+    fused, _ = load_model(tmp_path / "fused", trust_remote_code=True)
+    plain, _ = load_model(folder, trust_remote_code=True)
+    ids = mx.array([[5, 6, 7, 8]])
+    assert difference(fused(ids), with_lora(ids)) < 1e-3 < difference(plain(ids), with_lora(ids))
 
 
 @pytest.mark.slow
