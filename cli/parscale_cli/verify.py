@@ -176,7 +176,9 @@ def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int
         divergences.append((np.exp(p) * (p - q)).sum(-1))
         wrong = np.flatnonzero(actual.argmax(-1) != np.array(expected_tokens))
         if parts is None and wrong.size:
-            parts = {"prompt": n, "token": int(wrong[0])}
+            at = int(wrong[0])
+            own, theirs = np.exp(p[at, [expected_tokens[at], int(actual[at].argmax())]])
+            parts = {"prompt": n, "token": at, "probability": float(own), "other": float(theirs)}
     every = np.concatenate(divergences)
     return {
         "prompts": len(prompts),
@@ -203,7 +205,8 @@ def _print(report: dict, limit: float, kl_limit: float) -> None:
     click.echo(
         f"greedy text: the same for {report['prompts']} prompts of {report['tokens']} tokens"
         if parts is None
-        else f"greedy text: parts at token {parts['token'] + 1} after prompt {parts['prompt'] + 1}"
+        else f"greedy text: parts at token {parts['token'] + 1} after prompt {parts['prompt'] + 1}, "
+        f"of {parts['probability']:.1%} in the model, for one of {parts['other']:.1%}"
     )
     verdict = "within" if report["within_tolerance"] else "beyond"
     # Rounded weights are judged by the divergence alone, unless asked otherwise.

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from parscale_core.checkpoint.tensors import Checkpoint
+from parscale_core.checkpoint.tokenizer import check_tokens
 from tokenizers import Tokenizer
 
 from parscale_export.builder import Builder, Options
@@ -18,29 +19,42 @@ from parscale_export.smooth import Progress, Site
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 CHUNK = 256  # tokens of a run
 ROWS = 2048  # how many rows (streams times tokens) are enough
+FEWEST = 32  # tokens of a text
 SAMPLES = 128  # how many of them are kept
 
 
 def calibration_tokens(checkpoint: Checkpoint, text: Path | None) -> list[list[int]]:
     """Chunks of ``text`` (by default ours) in the model's tokens.
 
-    A model without a tokenizer is run over arbitrary tokens, unless a text is given.
+    A model without a tokenizer, or with one that is not for such a text, is run over arbitrary
+    tokens, unless a text is given.
 
     Raises:
-        ValueError: the text is too short or not UTF-8, or there is no tokenizer for it.
+        ValueError: the text is too short or not UTF-8, or there is no tokenizer for it, or one with
+            tokens that the model lacks.
         FileNotFoundError: there is no such text.
     """
-    file, streams = checkpoint.folder / "tokenizer.json", checkpoint.config.streams
-    count = max(ROWS // streams, 2 * CHUNK)
-    if not file.is_file():
-        if text is not None:
+    file, config = checkpoint.folder / "tokenizer.json", checkpoint.config
+    count = max(ROWS // config.streams, 2 * CHUNK)
+    ids: list[int] = []
+    if text is not None:
+        if not file.is_file():
             raise ValueError(f"{checkpoint.folder}: no tokenizer.json to read {text} with")
+        ids = _encode(file, text)[:count]
+        check_tokens(ids, config.vocab_size)
+        if len(ids) < FEWEST:
+            raise ValueError(
+                f"{text}: {len(ids)} tokens are too few to calibrate with; give {FEWEST} or more"
+            )
+    elif file.is_file():
+        # A tokenizer may have tokens that its model lacks.
+        ids = [token for token in _encode(file, DEFAULT_TEXT) if token < config.vocab_size][:count]
+    if len(ids) < FEWEST:
         random = np.random.default_rng(0)
-        ids = random.integers(0, checkpoint.config.vocab_size, count).tolist()
-    else:
-        ids = _encode(file, text or DEFAULT_TEXT)[:count]
-    chunks = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
-    return [chunk for chunk in chunks if len(chunk) == CHUNK or len(chunks) == 1]
+        ids = random.integers(0, config.vocab_size, count).tolist()
+    size = min(CHUNK, config.max_position_embeddings)
+    chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [chunk for chunk in chunks if len(chunk) == size or len(chunks) == 1]
 
 
 def _encode(tokenizer: Path, text: Path) -> list[int]:
@@ -50,12 +64,7 @@ def _encode(tokenizer: Path, text: Path) -> list[int]:
         content = text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{text}: not UTF-8 text: {error}") from error
-    ids = Tokenizer.from_file(str(tokenizer)).encode(content).ids
-    if len(ids) < 32:
-        raise ValueError(
-            f"{text}: {len(ids)} tokens are too few to calibrate with; give 32 or more"
-        )
-    return ids
+    return Tokenizer.from_file(str(tokenizer)).encode(content).ids
 
 
 def observe(

@@ -162,11 +162,18 @@ def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
 
 def _gather_blocks(b: Builder, name: str, token_ids: ir.Value) -> ir.Value:
     """Rows of an embedding that is stored as its head's blocks, for DequantizeLinear."""
-    shape = (b.config.vocab_size, b.config.hidden_size)
-    stored = b.weights.linear_codes(name, (f"{name}.weight",), shape, 8)
+    (vocab, d), size = (b.config.vocab_size, b.config.hidden_size), b.options.block_size
+    stored = b.weights.linear_codes(name, (f"{name}.weight",), (vocab, d), 8)
     columns = [b("Gather", b.tensor(tensor), token_ids, axis=1) for tensor in stored]
-    rows = b("DequantizeLinear", *columns, axis=0, block_size=b.options.block_size)
-    return b("Transpose", rows, perm=[1, 2, 0])
+    if d % size:
+        return b("Transpose", b("DequantizeLinear", *columns, axis=0, block_size=size),
+                 perm=[1, 2, 0])  # fmt: skip
+    # By hand: OpenVINO has no DequantizeLinear of what was looked up.
+    codes, scales = (b("Transpose", values, perm=[1, 2, 0]) for values in columns[:2])
+    centred = b("Sub", b.cast(codes, b.weights.dtype), b.constant(128, b.weights.numpy_dtype))
+    blocks = b("Reshape", centred, b.constant([0, 0, -1, size]))
+    rows = b("Mul", blocks, b("Unsqueeze", scales, b.constant([3])))
+    return b("Reshape", rows, b.constant([0, 0, d]))
 
 
 def _fold(b: Builder, token_ids: ir.Value) -> ir.Value:

@@ -6,7 +6,7 @@ import json
 import pytest
 from helpers.examples import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
 from parscale_core.checkpoint.folder import find_folder
-from parscale_export import export_onnx
+from parscale_export import OnnxModel, export_onnx
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -23,6 +23,13 @@ def test_onnxruntime_node_with_a_cache_in_float16(export, node):
     prompt, answer = prompt_and_answer("p4")
     script, folder = EXAMPLES / "node" / "generate.js", export("p4", precision="fp16")
     assert json.loads(run(node, script, folder, *tokens_option(prompt))) == answer
+
+
+def test_onnxruntime_node_with_8_bit_activations(export, node):
+    prompt, _ = prompt_and_answer("p4")
+    script, folder = EXAMPLES / "node" / "generate.js", export("p4", precision="w8a8")
+    answer = json.loads(run(node, script, folder, *tokens_option(prompt)))
+    assert answer == OnnxModel(folder, "cpu").generate([prompt], len(answer))[0]
 
 
 def test_onnxruntime_node_stops_at_the_end_of_text(export, node):

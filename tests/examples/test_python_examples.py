@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 from helpers.examples import CASES, EXAMPLES, prompt_and_answer, run, tokens_option, words
 from helpers.onnx_cases import batches
+from parscale_export import OnnxModel
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -24,6 +25,13 @@ def test_onnxruntime_with_a_cache_in_float16(export):
     prompt, answer = prompt_and_answer("p4")
     script, folder = EXAMPLES / "python" / "generate.py", export("p4", precision="fp16")
     assert json.loads(run(sys.executable, script, folder, *tokens_option(prompt))) == answer
+
+
+def test_onnxruntime_with_8_bit_activations(export):
+    prompt, _ = prompt_and_answer("p4")
+    script, folder = EXAMPLES / "python" / "generate.py", export("p4", precision="w8a8")
+    answer = json.loads(run(sys.executable, script, folder, *tokens_option(prompt)))
+    assert answer == OnnxModel(folder, "cpu").generate([prompt], len(answer))[0]
 
 
 def test_onnxruntime_stops_at_the_end_of_text(export):
@@ -55,6 +63,18 @@ def test_onnxruntime_genai_stops_each_prompt_at_its_end_of_text(export):
     script = EXAMPLES / "genai" / "generate.py"
     lines = run(sys.executable, script, folder, *tokens_option(*ragged.prompts)).splitlines()
     assert [json.loads(line) for line in lines] == [first[:5], *others]
+
+
+@pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")
+@pytest.mark.parametrize("precision", ["int8", "w8a8"])
+def test_openvino_with_integers(export, precision, case="p2-tied-sharded"):
+    folder = export(case, kv_layout="heads", ops="standard", precision=precision)
+    prompt, _ = prompt_and_answer(case)
+    script = EXAMPLES / "openvino" / "generate.py"
+    answer = json.loads(run(sys.executable, script, folder, *tokens_option(prompt)))
+    # OpenVINO rounds in its own way, and the weights are arbitrary.
+    expected = OnnxModel(folder, "cpu").generate([prompt], len(answer))[0]
+    assert answer[:4] == expected[:4]
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs openvino")

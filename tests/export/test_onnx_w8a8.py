@@ -182,6 +182,20 @@ def test_sums_do_not_saturate(tmp_path):
     assert np.abs(exact - rounded).max() < 0.5
 
 
+def test_a_short_context_and_a_tokenizer_of_more_tokens(tmp_path):
+    folder = variant(tmp_path / "model", max_position_embeddings=40)
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 900, "the": 5}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    chunks = calibration_tokens(Checkpoint(folder), None)
+    assert all(len(chunk) == 40 and max(chunk) < 320 for chunk in chunks)
+    out = export_onnx(folder, tmp_path / "out", precision="w8a8")
+    assert len(OnnxModel(out, "cpu").generate([[5, 6]], 30)[0]) == 30
+    (tmp_path / "text.txt").write_text("the other " * 40)
+    with pytest.raises(ValueError, match="token 900 is not in the model's vocabulary of 320"):
+        export_onnx(folder, tmp_path / "own", precision="w8a8", calibrate=tmp_path / "text.txt")
+
+
 def test_a_text_of_ones_own(tmp_path):
     folder = variant(tmp_path / "model")
     words = {f"w{n}": n for n in range(320)}
