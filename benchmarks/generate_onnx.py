@@ -13,9 +13,9 @@ graphs run:
 - heads: the same graphs with the streams as heads;
 - naive: the standard operators, the P streams as a batch, past and present as separate arrays that
   go through the host on every step;
-- genai: the graphs that onnxruntime-genai's own builder makes for P=1 in float32, and in 4 bits
-  where a precision is quantised, run by onnxruntime-genai (where it, PyTorch and transformers are
-  installed);
+- genai: the graph that onnxruntime-genai's own builder makes for P=1 in float32, or those in 8 and
+  4 bits where a precision is quantised, run by onnxruntime-genai (where it, PyTorch and
+  transformers are installed);
 - pytorch: the structure of the published code, streams as rows of a batch, caches grown by
   concatenation, in float32 (where PyTorch and transformers are installed);
 - llama: llama.cpp for P=1, in Q8_0 and Q4_0 (where xllamacpp is installed).
@@ -259,7 +259,7 @@ def build_sides(
     quantised = any(precision in ("int8", "int4", "w8a8") for precision in precisions)
     plain = write_checkpoint(work / "plain", config, 1)
     if "genai" in kinds and installed("genai", GENAI):
-        for precision in ("fp32", "int4") if quantised else ("fp32",):
+        for precision in ("int8", "int4") if quantised else ("fp32",):
             try:
                 if not (work / f"genai-{precision}").exists():
                     build_genai(plain, threads, work / f"genai-{precision}", precision=precision)
@@ -402,8 +402,16 @@ def main():
     parser.add_argument(
         "--work", type=Path, help="a folder to keep what the sides load, for other runs of a shape"
     )
+    parser.add_argument(
+        "--prepare", action="store_true", help="write what the sides load to --work, and stop"
+    )
+    parser.add_argument(
+        "--only", help="measure only sides whose names have one of these in them, such as P=1,P=8"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
+    if args.prepare and not args.work:
+        parser.error("--prepare needs --work")
     config = json.loads(args.config.read_text()) if args.config else SMOLLM2
     counts = [int(n) for n in args.streams.split(",")]
     on_cuda = args.provider == "cuda"
@@ -420,6 +428,11 @@ def main():
             room = args.prompt + args.tokens + 1
             sides = build_sides(config, counts, precisions, kinds, args.threads, work, room)
             size = weights_read(work / f"{precisions[0]}-batch-{counts[0]}", config)
+        if args.prepare:
+            return
+        if args.only:
+            parts = args.only.split(",")
+            sides = {name: side for name, side in sides.items() if any(p in name for p in parts)}
         ids = [n % 1000 for n in range(args.prompt)]
         results = measure(
             sides,

@@ -205,8 +205,9 @@ def _print(report: dict, limit: float, kl_limit: float) -> None:
     click.echo(
         f"greedy text: the same for {report['prompts']} prompts of {report['tokens']} tokens"
         if parts is None
-        else f"greedy text: parts at token {parts['token'] + 1} after prompt {parts['prompt'] + 1}, "
-        f"of {parts['probability']:.1%} in the model, for one of {parts['other']:.1%}"
+        else f"greedy text: parts at token {parts['token'] + 1} after prompt "
+        f"{parts['prompt'] + 1}, of {parts['probability']:.1%} in the model, "
+        f"for one of {parts['other']:.1%}"
     )
     verdict = "within" if report["within_tolerance"] else "beyond"
     # Rounded weights are judged by the divergence alone, unless asked otherwise.

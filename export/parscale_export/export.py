@@ -228,6 +228,8 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
         raise ValueError(
             f"w8a8 is for CPUs: target {target} takes the precisions fp16, bf16, int8 and int4"
         )
+    if activations == "bf16" and "w8a8" in (precision, head_precision, aggregator_precision):
+        raise ValueError("w8a8 is for CPUs, which have no bfloat16: use activations fp32 or fp16")
     if target in targets.ONE_GRAPH and kv_layout != "heads":
         raise ValueError(f"target {target} needs kv_layout heads: it has no notion of streams")
     if target in targets.GENAI and ops != "fused":

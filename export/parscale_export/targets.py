@@ -29,7 +29,8 @@ GENERATION = "generation_config.json"
 _LEFT_OUT = ("auto_map", "quantization", "quantization_config", "torch_dtype", "dtype")
 _WEB_SUFFIXES = {
     ("fp32", "fp32"): "", ("fp16", "fp16"): "_fp16", ("bf16", "bf16"): "_bf16",
-    ("int8", "fp32"): "_int8", ("int4", "fp32"): "_q4", ("int4", "fp16"): "_q4f16",
+    ("int8", "fp32"): "_int8", ("w8a8", "fp32"): "_quantized",
+    ("int4", "fp32"): "_q4", ("int4", "fp16"): "_q4f16",
 }  # fmt: skip
 
 
@@ -80,6 +81,7 @@ def _one_or_all(ends: list[int]) -> int | list[int]:
 def _transformers_js(graph: str) -> dict[str, Any]:
     """Which of its data types transformers.js opens by default, and that its weights are apart."""
     dtype = graph.removeprefix("model").removesuffix(".onnx").removeprefix("_") or "fp32"
+    dtype = "q8" if dtype == "quantized" else dtype
     return {"dtype": dtype, "use_external_data_format": {graph: 1}}
 
 

@@ -6,6 +6,7 @@ import onnxruntime as ort
 import pytest
 from helpers.onnx_cases import GOLDEN, LAYOUTS, batches
 from parscale_export import OnnxModel, export_onnx
+from parscale_export.runtime.provider import CUDA
 from parscale_export.runtime.session import find_graphs
 
 
@@ -32,6 +33,21 @@ def test_golden_steps(tmp_path, case, kv_layout):
             past = dict(zip(past, results[1:], strict=True))
             results = steps.run(None, {"input_ids": ids, "attention_mask": mask} | past)
             assert np.abs(results[0][:, 0] - batch.token_logits[:, n]).max() < 0.05
+
+
+def test_it_is_not_opened_by_itself_or_beside_another_model(tmp_path, monkeypatch):
+    folder = export_onnx(GOLDEN / "p4", tmp_path / "out", target="cuda")
+    with pytest.raises(ValueError, match=r"model_step\.onnx: a graph of single steps alone; give"):
+        OnnxModel(folder / "model_step.onnx", "cpu")
+    with pytest.raises(ValueError, match="prefill_chunk 0: must be at least 1"):
+        OnnxModel(folder, "cpu", prefill_chunk=0)
+    other = export_onnx(GOLDEN / "p4-bf16", tmp_path / "other", target="cuda")
+    (other / "model_step.onnx").replace(folder / "model_step.onnx")
+    monkeypatch.setattr(
+        "parscale_export.runtime.session.choose_provider", lambda asked: (CUDA, None)
+    )
+    with pytest.raises(ValueError, match=r"model_step\.onnx: not of one export with model\.onnx"):
+        OnnxModel(folder, "cuda")
 
 
 def test_it_shares_the_data_and_is_no_graph_of_its_own(tmp_path):

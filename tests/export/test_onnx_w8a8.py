@@ -134,6 +134,15 @@ def test_products_that_are_too_far_off_stay_int8(tmp_path, monkeypatch, ops):
     assert divergence(batch.logits[0][batch.mask[0] == 1], logits) < 6e-3
 
 
+def test_what_has_no_bfloat16_and_what_transformers_js_calls_q8(tmp_path):
+    with pytest.raises(ValueError, match="w8a8 is for CPUs, which have no bfloat16"):
+        export_onnx(GOLDEN / "p4", tmp_path / "out", precision="w8a8", activations="bf16")
+    folder = export_onnx(GOLDEN / "p4", tmp_path / "out", precision="w8a8", target="web")
+    assert (folder / "onnx" / "model_quantized.onnx").is_file()
+    about = json.loads((folder / "config.json").read_text())["transformers.js_config"]
+    assert about["dtype"] == "q8"
+
+
 def test_rounding():
     weight = np.random.default_rng(0).normal(size=(7, 64)).astype(np.float32)
     weight[2] = 0

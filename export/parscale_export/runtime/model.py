@@ -90,6 +90,8 @@ class OnnxModel:
         self.context_length = int(about["context_length"]) or None
         self.shares_buffer = self.ops == "fused"
         check_operators(self.file, self.ops)
+        if prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk {prefill_chunk}: must be at least 1")
         self.prefill_chunk = prefill_chunk
         if cuda_graph and not self.shares_buffer:
             raise ValueError(f"{self.file}: a CUDA graph needs an export with ops fused")

@@ -64,6 +64,9 @@ def _graph_files(path: Path) -> list[Path]:
     if path.is_file():
         if path.suffix != ".onnx":
             raise ValueError(f"{path}: not an .onnx file")
+        whole = path.with_stem(path.stem.removesuffix(STEP))
+        if whole != path and whole.is_file():
+            raise ValueError(f"{path}: a graph of single steps alone; give {whole}")
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -212,7 +215,9 @@ def start_session(
     if name == CUDA:
         try:
             recording = records_steps(about, name, cuda_graph)
-            return _start_cuda(file, partial(start, device_id=device_id), device_id, recording)
+            return _start_cuda(
+                file, about, partial(start, device_id=device_id), device_id, recording
+            )
         except ValueError as error:
             if asked is not None:
                 raise
@@ -232,14 +237,19 @@ def start_session(
 
 
 def _start_cuda(
-    file: Path, start: Callable[..., ort.InferenceSession], device_id: int, recording: bool
+    file: Path,
+    about: dict[str, str],
+    start: Callable[..., ort.InferenceSession],
+    device_id: int,
+    recording: bool,
 ) -> Sessions:
     """Sessions on CUDA: one for prompts and, where there is a graph of single steps, one for it."""
     steps = step_file(file)
     if not steps.is_file():
         session = start(CUDA, cuda_graph=recording)
         return Sessions(session, session, CUDA)
-    read_graph(steps)
+    if metadata(read_graph(steps), steps) != about:
+        raise ValueError(f"{steps}: not of one export with {file.name}; export it again")
     weights = upload(file, ("cuda", device_id))
     prompts = start(CUDA, weights=weights)
     return Sessions(prompts, start(CUDA, file=steps, weights=weights, cuda_graph=recording), CUDA)
