@@ -14,14 +14,19 @@ from pathlib import Path
 
 VARIABLE = "PARSCALE_BLAS"
 LIBRARIES = ("openblas", "mkl_rt", "blis")
+BUNDLED = "mlx_cpu.libs"  # the folder of the wheel's own
+LATE = (
+    "parscale_mlx was imported after mlx.core, whose own BLAS is many times slower on this CPU: "
+    "import parscale_mlx first"
+)
 
 
 def preload() -> str | None:
     """Load a system BLAS into the global scope, once, before MLX is imported.
 
-    Does nothing on macOS (MLX uses Accelerate), with a CUDA build of MLX, when MLX is already
-    imported, or when the environment says ``PARSCALE_BLAS=off``. ``PARSCALE_BLAS=/path/lib.so``
-    names a library of the user's own.
+    Does nothing on macOS (MLX uses Accelerate), with a CUDA build of MLX, or when the environment
+    says ``PARSCALE_BLAS=off``. ``PARSCALE_BLAS=/path/lib.so`` names a library of the user's own.
+    Where MLX is imported already, one line on standard error says what that costs.
 
     Returns:
         The name of the library that was loaded, or None.
@@ -30,7 +35,11 @@ def preload() -> str | None:
         ImportError: the library that ``PARSCALE_BLAS`` names cannot be loaded.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if sys.platform != "linux" or "mlx.core" in sys.modules or wanted == "off" or _has_cuda_build():
+    if sys.platform != "linux" or wanted == "off" or _has_cuda_build():
+        return None
+    if "mlx.core" in sys.modules:
+        if BUNDLED in (answering_library() or "") and any(map(ctypes.util.find_library, LIBRARIES)):
+            print(LATE, file=sys.stderr)
         return None
     if wanted:
         try:

@@ -17,6 +17,7 @@ from mlx_lm.utils import quantize_model
 from parscale_core.analysis.roofline import Work, step
 from parscale_core.analysis.shape import Precision, Shape, precision_of, read_config, shape_of
 from parscale_core.checkpoint.folder import find_folder
+from parscale_core.progress import hidden
 from tqdm import tqdm
 
 
@@ -61,7 +62,7 @@ def measure_all(
     """
     rows = []
     turns = len(quantisations) * len(batch) * len(prompt) * (len(streams) + 1) * (repeats + 1)
-    with tqdm(total=turns, desc="measuring", disable=None, leave=False) as bar:
+    with tqdm(total=turns, desc="measuring", disable=hidden(), leave=False) as bar:
         for bits in quantisations:
             plain, config, adapters = load_backbone(*backbone)
             if bits != "none":

@@ -14,6 +14,7 @@ from parscale_mlx.parallel.shard import plan
 import click
 import mlx.core as mx
 from parscale_core.checkpoint.folder import find_folder
+from parscale_core.progress import hidden
 from tqdm import tqdm
 
 from parscale_cli.bench_mlx import load_backbone
@@ -49,7 +50,7 @@ def measure_all(
         plan(mode, group, replace(plain.args, streams=P))  # refuses before long work
     rows = []
     turns = len(streams) * len(prompt) * (len(modes) + 1) * (repeats + 1)
-    with tqdm(total=turns, desc="measuring", disable=None, leave=False) as bar:
+    with tqdm(total=turns, desc="measuring", disable=hidden(), leave=False) as bar:
         for P in streams:
             whole = benchmark.with_many_streams(plain, P, adapters)
             for length in prompt:

@@ -1,5 +1,6 @@
 """``parscale chat``: a conversation in the terminal."""
 
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from parscale_cli.options.runtime import runtime_options
 from parscale_cli.options.sampling import sampling_options, take_sampling
 from parscale_cli.prompts import encode
 
+PASTED = 0.03  # seconds
 HELP = """\
 /reset    forget the conversation
 /streams  tint each token by the stream with the largest weight, or stop doing so
@@ -44,7 +46,9 @@ Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the ch
 def chat(ctx, model, runtime, system, show_streams, stop, **options):
     """Talk with a model; /help lists what can be typed besides."""
     sampling = take_sampling(ctx, options)
-    with open_engine(ctx, model, runtime, options, hints=False) as engine:
+    with show.waiting("loading the model"):
+        opened = open_engine(ctx, model, runtime, options, hints=False)
+    with opened as engine:
         if not engine.tokenizer.chat_template:
             raise click.ClickException(
                 "this model has no chat template: use parscale generate, or an instruction-tuned "
@@ -102,14 +106,26 @@ def _toggle_streams(engine, shown: bool) -> bool:
 def _line_editor() -> Callable[[], str | None]:
     # Importing readline gives input() line editing and its history.
     with suppress(ImportError):
-        import readline  # noqa: F401
-    return _read_line
+        import readline
+
+        if "libedit" not in (readline.__doc__ or ""):
+            readline.parse_and_bind("set enable-bracketed-paste on")
+    return _read_message
 
 
-def _read_line() -> str | None:
-    """The next line typed; "" after Ctrl-C, None at the end of the input."""
+def _read_message() -> str | None:
+    """What was typed, or pasted at once; "" after Ctrl-C, None at the end of the input."""
     try:
-        return input("> " if sys.stdin.isatty() else "")
+        if not sys.stdin.isatty():
+            return input()
+        lines = [input("> ")]
+        # Faster than anybody types: the next lines of a pasted text.
+        while sys.platform != "win32" and select.select([sys.stdin], [], [], PASTED)[0]:
+            try:
+                lines.append(input())
+            except EOFError:
+                break
+        return "\n".join(lines)
     except KeyboardInterrupt:
         click.echo(err=True)
         return ""
@@ -122,10 +138,10 @@ def _answer(engine, request: Request) -> str:
     text = ""
     answer = engine.submit(request)
     with _interrupts(answer.cancel):
-        for piece in answer:
+        for piece in show.after_the_first(iter(answer), shown=True):
             text += piece.text
             shown = piece.text
-            if piece.stream_weights and sys.stdout.isatty():
+            if piece.stream_weights and show.in_colour():
                 shown = show.tint(piece.text, show.largest(piece.stream_weights))
             click.echo(shown, nl=False)
     click.echo()

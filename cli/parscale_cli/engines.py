@@ -18,7 +18,8 @@ CACHE_OPTIONS = {  # by the field of CacheOptions
     "max_size": "max_kv_size",
 }
 NO_STREAMS = "this model was exported without --aggregation-weights: it does not tell them"
-ONNX_ONLY, SHARED = ("provider", "device_id", "threads", "cuda_graph"), ("streams", "adapters")
+ONNX_ONLY = ("provider", "device_id", "threads", "cuda_graph", "check")
+SHARED = ("streams", "adapters")
 
 
 def choose_runtime(model: str | None, runtime: str | None) -> str:

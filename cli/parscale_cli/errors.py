@@ -12,7 +12,7 @@ DEBUG = "PARSCALE_DEBUG"
 # What the packages raise of bad input, with a message for people. Other classes are named.
 SAID = (OSError, ValueError, ArithmeticError, ImportError, RuntimeError)
 # Libraries write force=True and streams=4, as their callers do, or a field between backquotes.
-FIELD = re.compile(r"`([a-z][a-z_0-9]*)(?:=([^`]*))?`|\b([a-z][a-z_0-9]*)=(True\b)?")
+FIELD = re.compile(r"`([a-z][a-z_0-9]*)(?:=([^`]*))?`|\b([a-z][a-z_0-9]*)=((?:True|False)\b)?")
 
 
 @contextmanager

@@ -310,6 +310,7 @@ def _run_code(
     from parscale_core.evaluation.prompt_tokens import cut_prompt
     from parscale_core.evaluation.samples import run_samples
     from parscale_core.evaluation.sandbox import Limits
+    from parscale_core.progress import hidden
     from tqdm import tqdm
 
     asked = [problem for problem in problems for _ in range(options["samples"])]
@@ -324,7 +325,7 @@ def _run_code(
         )
         request = Request(ids, streams=count, sampling=sampling, stop=problem.stops)
         answers.append(engine.submit(request))
-    bar = tqdm(answers, desc=f"P={count}", unit=" answers", disable=None, leave=False)
+    bar = tqdm(answers, desc=f"P={count}", unit=" answers", disable=hidden(), leave=False)
     texts = ["".join(piece.text for piece in answer) for answer in bar]
     completions = [
         (problem, problem.completion(cut + text))

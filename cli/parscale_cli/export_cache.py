@@ -25,6 +25,7 @@ def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = 
         FileNotFoundError, ValueError, ImportError: as ``export_onnx``.
         OSError: the cache folder cannot be written.
     """
+    from parscale_core.progress import hidden
     from parscale_export import export_onnx
     from tqdm import tqdm
 
@@ -40,7 +41,7 @@ def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = 
     output.parent.mkdir(parents=True, exist_ok=True)
     if sys.stderr.isatty():
         click.echo(f"Exporting {folder} once, into {output}", err=True)
-    with tqdm(desc="exporting", unit=" tensors", disable=None, leave=False) as bar:
+    with tqdm(desc="exporting", unit=" tensors", disable=hidden(), leave=False) as bar:
 
         def progress(_: str, done: int, total: int) -> None:
             bar.total = total

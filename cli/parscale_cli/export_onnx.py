@@ -120,12 +120,13 @@ def export_onnx(ctx, model, output, force, as_json, **options):
     if options["target"] is None and not {options[name] for name in parts} - {None, *FLOATS}:
         refuse(ctx, "needs a quantised --precision", "block_size", "accuracy_level")
     options = {name: value for name, value in options.items() if value is not None}
+    from parscale_core.progress import hidden
     from parscale_export import OnnxModel, export_onnx
     from parscale_export.runtime.session import find_graphs
     from tqdm import tqdm
 
     # None: shown where standard error is a terminal.
-    with tqdm(disable=None, leave=False) as bar:
+    with tqdm(disable=hidden(), leave=False) as bar:
 
         def progress(what: str, done: int, total: int) -> None:
             bar.total = total

@@ -126,7 +126,9 @@ def generate(
     _check_together(ctx, options, len(prompts) > 1)
     form = _read_form(json_schema, grammar)
     cache_file: Path | None = options["prompt_cache"]
-    with open_engine(ctx, model, runtime, options, hints=not quiet) as engine:
+    with show.waiting("loading the model", shown=not quiet):
+        opened = open_engine(ctx, model, runtime, options, hints=not quiet)
+    with opened as engine:
         if verbose:
             click.echo("\n".join([engine.name, *getattr(engine, "notes", [])]), err=True)
         if show_streams and not engine.gives_stream_weights:
@@ -149,10 +151,11 @@ def generate(
             engine.read_prompt_cache(cache_file)
         stats = show.Stats(prompt_tokens=sum(len(request.prompt) for request in requests))
         answers = [stats.watch(answer) for answer in [engine.submit(r) for r in requests]]
+        answers[0] = show.after_the_first(answers[0], shown=not quiet)
         if as_json:
             found = [show.collect_json(*pair) for pair in zip(answers, prompts, strict=True)]
         elif show_streams:
-            show.print_streams(answers[0], colour=sys.stdout.isatty())
+            show.print_streams(answers[0], colour=show.in_colour())
         else:
             ids = [request.prompt for request in requests]
             show.print_text(answers, _beginnings(engine.tokenizer, prompts, ids))

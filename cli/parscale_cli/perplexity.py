@@ -167,9 +167,10 @@ def _onnx_scorers(model: str | None, adapters, streams) -> Iterator[tuple[int, S
 
 
 def _window_losses(scorer: Scorer, parts: list, batch_size: int, name: str) -> Iterator[float]:
+    from parscale_core.progress import hidden
     from tqdm import tqdm
 
-    with tqdm(total=len(parts), desc=name, unit=" windows", disable=None, leave=False) as bar:
+    with tqdm(total=len(parts), desc=name, unit=" windows", disable=hidden(), leave=False) as bar:
         for begin in range(0, len(parts), batch_size):
             batch = parts[begin : begin + batch_size]
             rows = scorer.losses([part.tokens for part in batch])

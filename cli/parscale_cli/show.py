@@ -1,9 +1,11 @@
 """Printing answers: plain text as it comes, tinted by stream, or JSON."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,33 @@ from parscale_core.engine import Piece
 
 # Eight hues of the 256-colour palette that read well on light and dark backgrounds.
 COLOURS = (33, 166, 64, 125, 37, 136, 61, 160)
+
+
+def in_colour() -> bool:
+    """Whether standard output is a terminal that is to show colours (https://no-color.org)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+@contextmanager
+def waiting(what: str, *, shown: bool = True) -> Iterator[None]:
+    """Say on a terminal's standard error what takes its time, until the block ends."""
+    shown = shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if shown:
+        click.echo(f"{what} ...", nl=False, err=True)
+    try:
+        yield
+    finally:
+        if shown:
+            click.echo("\r\x1b[K", nl=False, err=True)
+
+
+def after_the_first(pieces: Iterator[Piece], *, shown: bool) -> Iterator[Piece]:
+    """The pieces of an answer, with a word on standard error until the first one comes."""
+    with waiting("reading the prompt", shown=shown):
+        first = next(pieces, None)
+    if first is not None:
+        yield first
+        yield from pieces
 
 
 @dataclass
@@ -113,9 +142,12 @@ def print_text(answers: list[Iterator[Piece]], beginnings: list[str]) -> None:
 def print_streams(pieces: Iterator[Piece], *, colour: bool) -> None:
     """Print the stream with the largest weight for each token.
 
-    In colour, the text tinted by stream; otherwise a line a token: stream, weight, text as JSON.
+    In colour, the text tinted by stream; otherwise a line a token under a heading: stream, weight,
+    text as JSON.
     """
     announced = False
+    if not colour:
+        click.echo("stream\tweight\ttext")
     for piece in pieces:
         weights = piece.stream_weights
         if weights is None:

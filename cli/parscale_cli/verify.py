@@ -9,7 +9,7 @@ from parscale_core.finite import not_finite
 from parscale_cli.options.command import argument, command, option
 from parscale_cli.options.model import FOLDER
 from parscale_cli.options.output import json_option
-from parscale_cli.options.runtime import provider_option
+from parscale_cli.options.runtime import check_option, provider_option
 from parscale_cli.options.types import Real, Whole
 
 PROMPTS = (
@@ -78,10 +78,11 @@ TOLERANCES = {
     help="Largest mean KL divergence to accept; by default likewise.",
 )
 @provider_option
+@check_option
 @json_option
 @click.pass_context
 def verify(
-    ctx, export, against, adapter, prompts, tokens, max_difference, max_kl, provider, as_json
+    ctx, export, against, adapter, prompts, tokens, max_difference, max_kl, provider, check, as_json
 ):
     """Compare an ONNX export with its model on real prompts; exit 1 where they differ too much."""
     from parscale_export import OnnxModel
@@ -89,7 +90,7 @@ def verify(
 
     find_graph(export)  # so that what is no export is found before a model is loaded
     reference = _Reference(against, adapter)
-    model = OnnxModel(export, provider, streams=reference.streams)
+    model = OnnxModel(export, provider, streams=reference.streams, check=check)
     if model.vocab_size != reference.vocab_size:
         raise ValueError(
             f"{export} has {model.vocab_size} tokens, but {against} has {reference.vocab_size}: "
@@ -161,10 +162,11 @@ def _token_ids(reference: _Reference, prompts: tuple[str, ...]) -> list[list[int
 
 def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int) -> dict:
     import numpy as np
+    from parscale_core.progress import hidden
     from tqdm import tqdm
 
     differences, divergences, parts = [], [], None
-    for n, prompt in enumerate(tqdm(prompts, desc="comparing", disable=None, leave=False)):
+    for n, prompt in enumerate(tqdm(prompts, desc="comparing", disable=hidden(), leave=False)):
         expected_tokens, expected = reference.greedy(prompt, tokens)
         # Both follow the reference's tokens, so that one early difference does not hide the rest.
         actual = model.continuation_logits(prompt, expected_tokens[:-1])

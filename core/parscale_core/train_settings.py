@@ -116,7 +116,7 @@ class TrainSettings:
         if self.warmup is not None and self.warmup >= self.steps:
             raise ValueError(f"warmup={self.warmup}: not below steps={self.steps}")
 
-    def _refuse(self, needed: str, **given) -> None:
+    def _refuse(self, needed: str, **given: object) -> None:
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"`{name}` needs {needed}")

@@ -1,9 +1,11 @@
 """Weights and logits that hold NaN or infinity: one line from every command, nothing written."""
 
+import hashlib
 import json
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 from helpers.tiny_models import error_line
 from parscale_export import export_onnx
@@ -109,6 +111,9 @@ def test_an_export_with_nan(parscale, model, tmp_path):
     folder = export_onnx(model, tmp_path / "onnx", all_logits=True)
     with (folder / "model.onnx.data").open("r+b") as file:
         file.write(b"\xff" * 64 * 4 * 320)
+    damaged = error_line(parscale("verify", folder, "--against", model))
+    assert "not the data that model.onnx was written with" in damaged
+    _note_the_hash(folder)
     result = parscale("verify", folder, "--against", model, "--json")
     report = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(name))
     assert result.exit_code == 1 and "NaN" in error_line(result)
@@ -116,3 +121,10 @@ def test_an_export_with_nan(parscale, model, tmp_path):
     (tmp_path / "text.txt").write_text("some text")
     result = parscale("perplexity", tmp_path / "text.txt", "--model", folder)
     assert result.exit_code == 1 and "NaN" in error_line(result) and result.stdout == ""
+
+
+def _note_the_hash(folder) -> None:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    (entry,) = (e for e in graph.metadata_props if e.key == "parscale.sha256.model.onnx.data")
+    entry.value = hashlib.sha256((folder / "model.onnx.data").read_bytes()).hexdigest()
+    onnx.save(graph, folder / "model.onnx")

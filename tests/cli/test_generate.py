@@ -75,9 +75,11 @@ def test_several_prompts_are_one_batch_with_the_same_text(parscale, model, refer
         assert answer["text"] in plain.stdout
 
 
-def test_show_streams_prints_the_loudest_for_each_token(parscale, model):
+def test_show_streams_prints_the_largest_weight_for_each_token(parscale, model):
     run = ("generate", "--model", model, "--prompt", "Hi", "-n", 5, "--show-streams")
-    plain = [line.split("\t") for line in parscale(*run).stdout.splitlines()]
+    heading, *lines = parscale(*run).stdout.splitlines()
+    assert heading == "stream\tweight\ttext"
+    plain = [line.split("\t") for line in lines]
     (answer,) = [json.loads(line) for line in parscale(*run, "--json").stdout.splitlines()]
     loaded, tokenizer = load(model)
     ids = tokenizer.encode("<|user|>Hi\n<|assistant|>", add_special_tokens=False)

@@ -21,7 +21,7 @@ generate --model M -p a --temp nan                          | nan is not a finit
 generate --model M -p a --temp inf                          | inf is not a finite number
 generate --model M -p a --temp 1e-300                       | beyond the numbers that float32 holds
 generate --model M -p a --presence-penalty 1e39             | beyond the numbers that float32 holds
-generate --model M -p a -n 99999999999999999999             | is more than
+generate --model M -p a -n 99999999999999999999             | is more than 2147483647
 generate --model M -p a --top-p 0.5                         | --top-p needs --temp above 0
 generate --model M -p a --repetition-context 9              | needs one of the penalties
 generate --model M -p a --num-draft-tokens 4                | needs --draft or --draft-model
@@ -53,7 +53,7 @@ verify OUT --against ""                                     | --against': it is 
 bench --model M --group-size 32                             | --group-size needs --quantize
 serve --model M --timeout nan                               | nan is not a finite number
 serve --model M --name ""                                   | --name': it is empty
-serve --model M --prompt-cache-bytes 99999999999999999999   | is more than
+serve --model M --prompt-cache-bytes 99999999999999999999   | is more than 9223372036854775807
 adapter show ""                                             | it is empty
 adapter extract M --backbone M -o OUT --tolerance nan       | nan is not a finite number
 doctor --clear-cache --json                                 | --json cannot go with --clear-cache
@@ -158,6 +158,52 @@ def test_ctrl_c_ends_a_command_within_two_seconds(deaf, tmp_path):
     assert process.returncode == 130
     assert errors.strip() == "Interrupted: nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX terminals")
+def test_a_pasted_text_is_one_message(model):
+    import os
+    import pty
+
+    main, terminal = pty.openpty()
+    code = "from parscale_cli.main import cli; cli()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "chat", "--model", str(model), "-n", "4"],
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    assert process.stderr is not None and "Type a message" in process.stderr.readline()
+    os.write(main, b"first\nsecond\nthird\n")
+    time.sleep(3)
+    os.write(main, b"/quit\n")
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert out.count("> ") == 2  # one for the message, one for /quit
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the BLAS is replaced on Linux only")
+def test_mlx_imported_first_gets_one_line():
+    code = "import mlx.core, parscale_mlx; from parscale_mlx import blas; print(blas.LATE)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr in ("", result.stdout)  # nothing where there is no faster one
+
+
+def test_damaged_data_is_found(parscale, plain_model, tmp_path):
+    out = tmp_path / "out"
+    assert parscale("export-onnx", "--model", plain_model, "-o", out).exit_code == 0
+    run = ("generate", "--model", out, "-p", "a", "-n", 1)
+    data = out / "model.onnx.data"
+    raw = bytearray(data.read_bytes())
+    raw[-1] ^= 1
+    data.write_bytes(raw)
+    for command in (run, ("verify", out, "--against", plain_model)):
+        line = error_line(parscale(*command))
+        assert f"{data}: not the data that model.onnx was written with" in line
+        assert "--no-check" in line
+    assert parscale(*run, "--no-check").exit_code == 0
 
 
 def test_help_has_sections_and_whole_summaries(parscale):

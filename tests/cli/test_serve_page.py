@@ -88,16 +88,17 @@ def test_a_chat(browser, opened):
             "tiny:p4",
         ]
         assert page.one("#streams input:checked").get_attribute("value") == "tiny:p4"
+        assert "capital" in page.one("#first").text
         answer = page.ask("Hi", 8)
         assert answer.find_element(By.CSS_SELECTOR, ".text").text == reference.chat("Hi", 8, 4)
         assert "8 tokens" in answer.text and "cut at the limit" in answer.text
 
-        # Each token has the tint of its loudest stream, and its weights on hover.
+        # Each token has the tint of the stream with the largest weight, and its weights on hover.
         again = post(server, CHAT, chat("Hi", stream_weights=True)).json()
         tokens = [token["id"] for token in again["choices"][0]["parscale_streams"]]
         weights = reference.weights(reference.ids("Hi"), tokens, 4)
-        loudest = [row.index(max(row)) + 1 for row in weights]
-        assert [int(span.get_attribute("data-stream")) for span in spans(answer)] == loudest
+        largest = [row.index(max(row)) + 1 for row in weights]
+        assert [int(span.get_attribute("data-stream")) for span in spans(answer)] == largest
         backgrounds = {span.value_of_css_property("background-color") for span in spans(answer)}
         assert len(backgrounds) > 1 and len(page.all("#key span")) == 4
         ActionChains(browser).move_to_element(spans(answer)[2]).perform()

@@ -14,9 +14,14 @@ provider_option = option(
     "--provider", section="ONNX", metavar="NAME",
     help="cpu, cuda or an execution provider's full name; by default CUDA where it works.",
 )  # fmt: skip
+check_option = option(
+    "--no-check", "check", section="ONNX", is_flag=True, flag_value=False, default=True,
+    help="Do not compare an export's data files with the hashes in its graph.",
+)  # fmt: skip
 runtime_options = together(
     runtime_option,
     provider_option,
+    check_option,
     option("--device-id", section="ONNX", type=Whole(0), default=0, show_default=True,
            help="Which CUDA device."),
     option("--threads", section="ONNX", type=Whole(1, 4096),

@@ -1,18 +1,20 @@
 """Draw what ``parscale bench`` measured."""
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 PANELS = (("first_token", "time to the first token, ms"), ("step", "time of a decoding step, ms"))
 
 
-def draw(report: dict) -> Figure:
+def draw(report: dict[str, Any]) -> Figure:
     """Both times over P, a line for each case; mlx-lm's own class is a cross at P=1.
 
     Args:
         report: as ``parscale bench --json`` prints it.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    cases: dict[tuple, list[dict]] = {}
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in report["rows"]:
         cases.setdefault((row["weights"], row["batch"], row["prompt"]), []).append(row)
     for axes, (key, label) in zip(figure.subplots(1, 2), PANELS, strict=True):

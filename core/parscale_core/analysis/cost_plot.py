@@ -1,12 +1,14 @@
 """Draw what a loss costs: by streams, and by parameters."""
 
+from typing import Any
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 PANELS = (("memory", "memory, GB", 1e9), ("answer", "time of an answer, s", 1))
 
 
-def draw(report: dict) -> Figure:
+def draw(report: dict[str, Any]) -> Figure:
     """Loss over memory and over time, a row of panels for each device.
 
     Args:
@@ -23,7 +25,7 @@ def draw(report: dict) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, rows: list[dict], key: str, unit: float) -> None:
+def _panel(axes: Axes, rows: list[dict[str, Any]], key: str, unit: float) -> None:
     for n, batch in enumerate(sorted({row["batch"] for row in rows})):
         mine = [row for row in rows if row["batch"] == batch]
         costs = [row["cost"][key] / unit for row in mine]

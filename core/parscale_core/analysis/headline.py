@@ -8,6 +8,7 @@ paper does not say how prompt and answer lengths are averaged or on which data l
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,7 @@ def law_parameters() -> float:
     return float(PAPER[DATASET].equivalent_parameters(base, STREAMS))
 
 
-def _headline(price, batch: int, parameters: float) -> Headline:
+def _headline(price: Any, batch: int, parameters: float) -> Headline:
     base = PAPER_SHAPES[BASE]
     larger = base.widened(parameters)
     rows = []

@@ -1,6 +1,7 @@
 """The parallel scaling law: the loss that N parameters reach with P streams."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,11 +22,11 @@ class ScalingLaw:
     alpha: float
     k: float
 
-    def equivalent_parameters(self, parameters, streams):
+    def equivalent_parameters(self, parameters: Any, streams: Any) -> Any:
         """The parameters that reach the same loss without streams."""
         return parameters * (self.k * np.log(streams) + 1)
 
-    def loss(self, parameters, streams=1):
+    def loss(self, parameters: Any, streams: Any = 1) -> Any:
         """Nats a token, for numbers or arrays of parameters outside the embedding and of P."""
         return self.E + (self.A / self.equivalent_parameters(parameters, streams)) ** self.alpha
 

@@ -1,6 +1,7 @@
 """Perplexities of models on the same text."""
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class Report:
     resampled: str
     scores: list[Score]
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 

@@ -1,6 +1,7 @@
 """The price of P streams, beside the price of the larger plain model that reaches the same loss."""
 
 from dataclasses import asdict, replace
+from typing import Any
 
 from parscale_core.analysis.law import ScalingLaw
 from parscale_core.analysis.roofline import Machine, cost, step
@@ -17,7 +18,7 @@ def price(
     batch: int,
     prompt: int,
     answer: int,
-) -> dict:
+) -> dict[str, Any]:
     """One row of a comparison, as plain data.
 
     Returns:
@@ -53,7 +54,7 @@ def price(
 
 def _parts(
     shape: Shape, precision: Precision, machine: Machine, batch: int, past: float
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     parts = step(shape, precision, batch=batch, tokens=1, past=past)
     return {
         name: asdict(work)

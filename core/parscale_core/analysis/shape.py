@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
+from typing import Any
 
 from parscale_core.checkpoint.config import ModelConfig
 
@@ -179,7 +180,7 @@ def read_shape(path: Path) -> tuple[Shape, Precision]:
     return shape_of(config), precision_of(config)
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: Path) -> dict[str, Any]:
     """A model folder's ``config.json``, or such a file.
 
     Raises:
@@ -201,7 +202,7 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def shape_of(config) -> Shape:
+def shape_of(config: dict[str, Any]) -> Shape:
     """The shape that a ``config.json``, read already, tells of.
 
     Raises:
@@ -229,7 +230,7 @@ def shape_of(config) -> Shape:
     )
 
 
-def precision_of(config: dict) -> Precision:
+def precision_of(config: dict[str, Any]) -> Precision:
     """The precision that a ``config.json`` tells of, likewise."""
     others = 32 if config.get("dtype", config.get("torch_dtype")) == "float32" else 16
     packed = config.get("quantization")
@@ -239,7 +240,7 @@ def precision_of(config: dict) -> Precision:
     return Precision(bits, others, others, group)
 
 
-def _whole(config: dict, name: str, default: int | None = None) -> int:
+def _whole(config: dict[str, Any], name: str, default: int | None = None) -> int:
     value = config.get(name)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:

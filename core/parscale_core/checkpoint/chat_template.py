@@ -132,7 +132,7 @@ class _Watch(NodeTransformer):
         return node
 
 
-def _call(function: Callable, argument: nodes.Node) -> nodes.Call:
+def _call(function: Callable[..., Any], argument: nodes.Node) -> nodes.Call:
     target = nodes.ImportedName(f"{__name__}.{function.__name__}")
     return nodes.Call(target, [cast(nodes.Expr, argument)], [], None, None, lineno=argument.lineno)
 
@@ -142,7 +142,7 @@ def _join(values: list[Any]) -> str:
     return "".join(map(str, values))
 
 
-def _watched(values: Iterable) -> Iterator:
+def _watched(values: Iterable[Any]) -> Iterator[Any]:
     for number, value in enumerate(values):
         if number % 64 == 0:
             _check()
@@ -182,13 +182,13 @@ def _check_product(left: Any, right: Any) -> None:
                 raise TooMuch(f"a value has more than {SIZE} characters or entries")
 
 
-def _check_arguments(args: tuple, kwargs: dict) -> None:
+def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for value in (*args, *kwargs.values()):
         if isinstance(value, int | float) and abs(value) > COUNT:
             raise TooMuch(f"{value:g} is more than {COUNT}")
 
 
-def _bounded_filter(own: Callable) -> Callable:
+def _bounded_filter(own: Callable[..., Any]) -> Callable[..., Any]:
     skipped = 2 if hasattr(own, "jinja_pass_arg") else 1  # and the value itself
 
     @wraps(own)

@@ -5,6 +5,8 @@ float scale and bias a group; the others are the OCP microscaling formats and NV
 scales are one byte a group.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
@@ -18,7 +20,7 @@ _DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 
 
-def settings(quantization: dict, module: str) -> tuple[str, int, int]:
+def settings(quantization: dict[str, Any], module: str) -> tuple[str, int, int]:
     """Mode, group size and bits of one module, from ``config["quantization"]``.
 
     Raises:

@@ -1,5 +1,6 @@
 """Refuse what cannot be answered, before any work."""
 
+from collections.abc import Iterable
 from dataclasses import fields
 from math import isfinite
 
@@ -74,5 +75,5 @@ def _check_prompt(request: Request, engine: Engine) -> None:
         )
 
 
-def _listed(names) -> str:
+def _listed(names: Iterable[object]) -> str:
     return ", ".join(map(str, names))

@@ -1,6 +1,7 @@
 """An answer's text while its tokens come: the tokens decoded together, as far as that is final."""
 
 import re
+from typing import Any
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -17,7 +18,7 @@ class Detokenizer:
             text, whatever its settings: the text is for programs, too.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: Any):
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
         self.tokenizer = tokenizer
         # Tokens whose text is out already, kept because some decoders drop a first space, and

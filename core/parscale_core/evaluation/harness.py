@@ -65,7 +65,7 @@ class ModelInHarness(TemplateLM):
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -73,20 +73,22 @@ class ModelInHarness(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
         if add_special_tokens is None:
             add_special_tokens = not self.use_chat_template
         ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         check_tokens(ids, self._engine.vocab_size)
         return ids
 
-    def loglikelihood(self, requests, disable_tqdm: bool = False):
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
         quiet = disable_tqdm or not sys.stderr.isatty()
         scored = super().loglikelihood(requests, disable_tqdm=quiet)
         _check_scores(score for score, _ in scored)
         return scored
 
-    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False):
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         pairs, counts = [], []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -103,7 +105,7 @@ class ModelInHarness(TemplateLM):
         _check_scores(scores)
         return scores
 
-    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         answers = [
             self._engine.submit(self._request(number, *request.args))
             for number, request in enumerate(requests)
@@ -130,7 +132,7 @@ class ModelInHarness(TemplateLM):
             stop=tuple(text for text in options["until"] if text),
         )
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_):
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **_: Any) -> Any:
         """Of each (texts, context, continuation): its score, and whether it is the likeliest."""
         pairs = []
         for _texts, context, continuation in requests:

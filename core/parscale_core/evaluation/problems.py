@@ -84,7 +84,7 @@ def read_problems(file: Path) -> list[Problem]:
     return problems
 
 
-def _array(file: Path, raw: bytes) -> list:
+def _array(file: Path, raw: bytes) -> list[Any]:
     try:
         return json.loads(raw)
     except ValueError as error:
@@ -100,7 +100,7 @@ def _read(where: str, value: Any) -> Problem:
         ) from error
 
 
-def _humaneval(value: dict) -> Problem:
+def _humaneval(value: dict[str, Any]) -> Problem:
     given, test = _text(value["prompt"]), _text(value["test"])
     before = given.rstrip()
     prompt = before + "\n" if "\n" in given[len(before) :] else before
@@ -109,7 +109,7 @@ def _humaneval(value: dict) -> Problem:
     return Problem(str(value["task_id"]), prompt, likely, HUMANEVAL_STOPS, before, check)
 
 
-def _mbpp(value: dict) -> Problem:
+def _mbpp(value: dict[str, Any]) -> Problem:
     text = _text(value["text"] if "text" in value else value["prompt"])
     tests = [_text(test) for test in value["test_list"]]
     setup = value.get("test_setup_code") or "\n".join(value.get("test_imports") or [])

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+from typing import Any
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     os._exit(0)
 
 
-def set_limits(task: dict) -> None:
+def set_limits(task: dict[str, Any]) -> None:
     try:
         import resource
     except ImportError:  # no such limits on this system

@@ -85,7 +85,7 @@ def make_app(serving: Serving) -> FastAPI:
     return app
 
 
-def _answering(serving: Serving, path: str) -> Callable:
+def _answering(serving: Serving, path: str) -> Callable[..., Any]:
     async def answer(request: Request) -> Response:
         return Exchange(serving, path, request)
 

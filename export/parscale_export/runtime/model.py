@@ -15,6 +15,7 @@ from parscale_core.finite import not_finite
 from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.copies import Buffers, RowCopier
 from parscale_export.runtime.decoder import Decoder
+from parscale_export.runtime.hashes import check_hashes
 from parscale_export.runtime.kv_cache import FixedSteps, result_types
 from parscale_export.runtime.likeliest import Likeliest
 from parscale_export.runtime.prefill import Growing, chunks
@@ -56,6 +57,7 @@ class OnnxModel:
         cuda_graph: record the step of one token as a CUDA graph, and replay it; by default with
             fused operators on CUDA, which alone can. A model that does is to be used by one thread,
             and while a step is recorded no other thread of the process may use CUDA.
+        check: compare the data files with the hashes in the graph.
 
     Attributes:
         streams: P.
@@ -65,7 +67,7 @@ class OnnxModel:
 
     Raises:
         FileNotFoundError: no graph there, or no external data.
-        ValueError: not one of our graphs, external data that is truncated or outside the folder,
+        ValueError: not one of our graphs, external data that is damaged or outside the folder,
             or a provider that is not there or cannot run the graph.
     """
 
@@ -79,10 +81,13 @@ class OnnxModel:
         threads: int | None = None,
         prefill_chunk: int = 512,
         cuda_graph: bool | None = None,
+        check: bool = True,
     ):
         self.file = find_graph(Path(path), streams)
         graph = read_graph(self.file)
         about = metadata(graph, self.file)
+        if check:
+            check_hashes(self.file, about)
         self.streams, self.prefix_length = int(about["streams"]), int(about["prefix_length"])
         self.kv_layout, self.ops = about["kv_layout"], about["ops"]
         self.precision, self.activations = about["precision"], about["activations"]

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -175,7 +176,9 @@ def _save_shard(folder: Path, shard: dict[str, np.ndarray], places: dict[str, st
     places |= dict.fromkeys(shard, name)
 
 
-def _read_tensors(file: GGUF, config: dict, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
+def _read_tensors(
+    file: GGUF, config: dict[str, Any], dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
     is_llama = config["model_type"] not in ("qwen2", "qwen3")
     for tensor in file.tensors:
         if tensor.name == ROPE_FACTORS:
