@@ -106,7 +106,7 @@ def observe(
         ir.save(model, file, external_data="float.data", size_threshold_bytes=1024)
         seen = _run(file, chunks, config.streams, progress)
     return [
-        Site(modules, np.concatenate([values[name] for values in seen]))
+        Site(modules, np.concatenate([values.pop(name) for values in seen]))
         for name, modules in observed.items()
     ]
 

@@ -5,6 +5,7 @@ import pydoc_data.topics
 
 import numpy as np
 import pytest
+from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_export import OnnxModel, export_onnx
 from tokenizers import Tokenizer
 
@@ -74,3 +75,19 @@ def test_text_and_perplexity(reference, tmp_path, precision):
     assert abs(perplexity / expected - 1) < LIMITS[precision]
     if precision == "fp32":
         assert model.generate(prompts, max_tokens=40) == texts
+
+
+def test_a_byte_a_parameter(reference, tmp_path):
+    """Target cpu; its embedding is the head's 8-bit blocks, and the perplexity does not suffer."""
+    folder, _, _, samples, _ = reference
+    kinds = {"int8": {}, "fp32": {"embedding_precision": "fp32"}}
+    perplexities = {}
+    for name, options in kinds.items():
+        out = export_onnx(folder, tmp_path / name, target="cpu", all_logits=True, **options)
+        model = OnnxModel(out, "cpu")
+        perplexities[name] = np.exp(np.mean([loss(model.logits(ids), ids) for ids in samples]))
+    assert abs(perplexities["int8"] / perplexities["fp32"] - 1) < 1e-3
+    checkpoint = Checkpoint(folder)
+    parameters = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
+    size = sum(file.stat().st_size for file in (tmp_path / "int8").glob("model.onnx*"))
+    assert size < 1.1 * parameters
