@@ -61,8 +61,7 @@ PRECISIONS = (*FLOATS, "int8", "int4", "w8a8")
     "--precision",
     section="Precision",
     type=click.Choice(PRECISIONS),
-    help="Of the weight matrices; w8a8 has 8-bit activations too, for several streams on a CPU.  "
-    "[default: fp32]",
+    help="Of the weight matrices; w8a8 has 8-bit activations too, for CPUs.  [default: fp32]",
 )
 @option(
     "--calibrate",

