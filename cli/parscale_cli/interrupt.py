@@ -1,14 +1,17 @@
 """Ctrl-C: every command ends soon, with one line that says what is kept."""
 
 import os
+import select
+import shutil
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 
 import click
+from parscale_core.checkpoint import output
 
 # Longer than an orderly end takes; within it, compiled code may not come back to Python at all.
 PATIENCE = 1.5  # seconds
@@ -20,13 +23,16 @@ KEPT = {
 }
 NOTHING = "nothing was written"
 CODE = 130  # what shells give for SIGINT
+HANDLED = ("chat", "serve")  # commands for which Ctrl-C means something else at first
+DONE = b"d"
 
 
 @contextmanager
 def ends_in_time(command: str | None) -> Iterator[None]:
     """Turn Ctrl-C into one line and exit code 130, within two seconds."""
     line = f"Interrupted: {KEPT.get(command or '', NOTHING)}"
-    with _watched(line):
+    watched = _watched(line) if command not in HANDLED else nullcontext()
+    with watched:
         try:
             yield
         except KeyboardInterrupt:
@@ -36,30 +42,61 @@ def ends_in_time(command: str | None) -> Iterator[None]:
 
 @contextmanager
 def _watched(line: str) -> Iterator[None]:
-    """End the process where Python's own KeyboardInterrupt does not arrive in time."""
-    if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+    """Have another process end this one where it does not end itself in time after Ctrl-C.
+
+    A thread could not: compiled code may hold the interpreter's lock for as long as it computes.
+    The signal itself writes to the pipe that the other process reads.
+    """
+    # A copy is safe only of a process that runs this alone, as that of a person's command does.
+    if sys.platform == "win32" or threading.active_count() > 1 or "mlx.core" in sys.modules:
         yield
         return
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    done = threading.Event()
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with suppress(BaseException):
+            _watch(ours, theirs, line)
+        os._exit(0)
+    os.close(ours)
+    os.set_blocking(theirs, False)
+    before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
 
-    def watch() -> None:
-        while received := theirs.recv(1):
-            # A command that handles the signal itself is not to be ended.
-            default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-            if received[0] == signal.SIGINT and default and not done.wait(PATIENCE):
-                from parscale_core.checkpoint.output import delete_working_folders
+    def tell(folder: Path) -> None:
+        os.write(theirs, f"+{folder}\0".encode())
 
-                delete_working_folders()
-                os.write(2, f"\r{line}\n".encode())
-                os._exit(CODE)
-
-    before = signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    output.on_working_folder = tell
     try:
         yield
     finally:
-        done.set()
         signal.set_wakeup_fd(before)
-        ours.close()
+        output.on_working_folder = None
+        with suppress(OSError):
+            os.write(theirs, DONE)
+        os.close(theirs)
+        with suppress(ChildProcessError):
+            os.waitpid(child, 0)
+
+
+def _watch(pipe: int, other_end: int, line: str) -> None:
+    """What the other process does, until the first one is done or dead."""
+    os.close(other_end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent, interrupt = os.getppid(), bytes([signal.SIGINT])
+    folders: list[str] = []
+    while data := os.read(pipe, 1 << 16):
+        *found, rest = data.split(b"\0")
+        folders += [os.fsdecode(part[part.index(b"+") + 1 :]) for part in found if b"+" in part]
+        if rest.endswith(DONE):
+            return
+        if interrupt not in data:
+            continue
+        ready, _, _ = select.select([pipe], [], [], PATIENCE)
+        while ready and (data := os.read(pipe, 1 << 16)) and DONE not in data:
+            ready, _, _ = select.select([pipe], [], [], PATIENCE)
+        if ready or os.getppid() != parent:
+            return
+        os.write(2, f"\r{line}\n".encode())
+        os.kill(parent, signal.SIGKILL)
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        return

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,8 @@ FULL = 1 << 20  # bytes: a disk with fewer free is what stopped a library that d
 MODEL, ADAPTER, EXPORT = "config.json", "adapter_config.json", "*.onnx"
 _KINDS = {MODEL: "a model folder", EXPORT: "an ONNX export"}
 LOCK = "lock"
-_working: set[Path] = set()
+# Told of each working folder: where a process is killed, another can delete it.
+on_working_folder: Callable[[Path], None] | None = None
 
 
 def check_output(output: Path, *, force: bool, marker: str = MODEL) -> None:
@@ -88,7 +89,8 @@ def working_folder(output: Path) -> Iterator[Path]:
     prefix = f".{output.name}.work-"
     _sweep(parent, prefix)
     work = _make_folder(output, parent, prefix)
-    _working.add(work)
+    if on_working_folder is not None:
+        on_working_folder(work)
     try:
         # Locked before it has the name that others look at.
         with (work / "new").open("w") as lock, _naming(output, work):
@@ -97,13 +99,6 @@ def working_folder(output: Path) -> Iterator[Path]:
             (work / "new").rename(work / LOCK)
             yield work
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-        _working.discard(work)
-
-
-def delete_working_folders() -> None:
-    """Delete this process's, where it is about to end without unwinding."""
-    for work in list(_working):
         shutil.rmtree(work, ignore_errors=True)
 
 
