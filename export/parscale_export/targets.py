@@ -12,7 +12,7 @@ from parscale_export.builder import Options, folded_heads
 PRESETS: dict[str | None, dict[str, str]] = {
     None: {"kv_layout": "batch", "ops": "fused", "precision": "fp32"},
     "cuda": {"kv_layout": "batch", "ops": "fused", "precision": "fp16", "activations": "fp16"},
-    # The fastest for any number of streams: docs/onnx-benchmarks.md has the figures.
+    # The fastest, all in all, for any number of streams: see docs/onnx-benchmarks.md.
     "cpu": {"kv_layout": "batch", "ops": "fused", "precision": "w8a8"},
     "genai": {"kv_layout": "heads", "ops": "fused", "precision": "int8"},
     "genai-cuda": {
