@@ -202,6 +202,8 @@ def _check_together(ctx: click.Context, options: dict, many: bool) -> None:
             raise click.UsageError(
                 f"--prompt-cache {cache_file}: its name must end in .safetensors"
             )
+        if not cache_file.parent.is_dir():
+            raise click.UsageError(f"--prompt-cache {cache_file}: there is no such folder")
         check_file(cache_file, force=True)
     if options["draft"] is None and options["draft_model"] is None:
         refuse(ctx, "needs --draft or --draft-model", "num_draft_tokens")
