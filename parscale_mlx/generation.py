@@ -1,16 +1,20 @@
 """mlx-lm's generators over a model with a prefix.
 
-They work on our models unmodified, but for one option: given a model that makes its own caches,
-mlx-lm ignores ``max_kv_size``. Here it makes a rotating cache that keeps the prefix.
+They work on our models unmodified, but for two things. Given a model that makes its own caches,
+mlx-lm ignores ``max_kv_size``: here it makes a rotating cache that keeps the prefix. And mlx-lm
+drops an answer's first space, which is the answer's own where a prompt is raw text: here a text is
+its tokens decoded together.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from parscale_mlx.model import Model
 
 import mlx.core as mx
 import mlx_lm
 from mlx_lm.generate import BatchResponse, GenerationResponse
+from parscale_core.engine.detokenize import Detokenizer
 
 
 def stream_generate(
@@ -41,9 +45,21 @@ def stream_generate(
         prompt_cache = model.make_cache(max_kv_size=max_kv_size)
     if model.parallel is not None:
         options["sampler"] = model.parallel.sampler(options.get("sampler"))
-    return mlx_lm.stream_generate(
-        model, tokenizer, prompt, max_tokens=max_tokens, prompt_cache=prompt_cache, **options
+    return _detokenized(
+        mlx_lm.stream_generate(
+            model, tokenizer, prompt, max_tokens=max_tokens, prompt_cache=prompt_cache, **options
+        ),
+        Detokenizer(tokenizer),
     )
+
+
+def _detokenized(
+    responses: Iterator[GenerationResponse], detokenizer: Detokenizer
+) -> Iterator[GenerationResponse]:
+    for response in responses:
+        text = "" if response.finish_reason == "stop" else detokenizer.push(response.token)
+        rest = detokenizer.flush() if response.finish_reason else ""
+        yield replace(response, text=text + rest)
 
 
 def generate(model: Model, tokenizer, prompt: str | list[int], **options) -> str:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from parscale_mlx import generate, load
+from parscale_mlx import generate, load, stream_generate
 
 import mlx.core as mx
 import pytest
@@ -34,6 +34,22 @@ def reference(model):
         return tokens, text
 
     return answer
+
+
+def test_the_python_interface_keeps_a_first_space(model):
+    loaded, tokenizer = load(model)
+    space = tokenizer.convert_tokens_to_ids("Ġ")
+
+    def likes_spaces(tokens, logits):
+        return logits.at[:, space].add(1000 if tokens.shape[0] < 6 else 0)
+
+    options = {"max_tokens": 8, "logits_processors": [likes_spaces]}
+    responses = list(stream_generate(loaded, tokenizer, [40, 41, 42, 43], **options))
+    text = "".join(response.text for response in responses)
+    assert text == tokenizer.decode([response.token for response in responses])
+    assert text.startswith("  ") and text == generate(
+        loaded, tokenizer, [40, 41, 42, 43], **options
+    )
 
 
 def test_text_on_stdout_and_statistics_on_stderr(parscale, model, reference):

@@ -8,12 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection, IncompleteRead
 
+from parscale_mlx import load
+
+import mlx.core as mx
 import pytest
-from helpers.serving import CHAT, chat
-from helpers.tiny_models import error_line
+from helpers.onnx_cases import random_model
+from helpers.serving import CHAT, TEXT, chat
+from helpers.tiny_models import error_line, write_tokenizer
+from mlx_lm.generate import generate_step
 
 RUN = [sys.executable, "-c", "from parscale_cli.main import cli; cli()", "serve"]
 
@@ -53,6 +59,34 @@ def start_stream(connection: HTTPConnection, headers=None):
     while not response.readline().startswith(b"data: "):
         pass
     return response
+
+
+def test_quantised_caches(tmp_path):
+    """Requests side by side, each answered as mlx-lm does with such a cache."""
+    folder = random_model(tmp_path / "wide", hidden_size=256)  # heads of 64: groups divide them
+    write_tokenizer(folder)
+    loaded, tokenizer = load(folder)
+    quantised = {"kv_bits": 4, "kv_group_size": 32, "quantized_kv_start": 9}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in quantised.items()]
+    prompts = [f"{'a longer ' * n}prompt {n}" for n in range(5)]
+
+    def ask(text: str) -> dict:
+        connection = connect(line)
+        connection.request("POST", TEXT, json.dumps({"prompt": text, "max_tokens": 20}))
+        return json.loads(connection.getresponse().read())
+
+    with process("--model", folder, *options) as (_, line), ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(ask, prompts))
+    plain = []
+    for text, answer in zip(prompts, answers, strict=True):
+        ids = mx.array(tokenizer.encode(text))
+        steps, plain_steps = (
+            generate_step(ids, loaded, max_tokens=20, **options) for options in (quantised, {})
+        )
+        expected = tokenizer.decode([token for token, _ in steps])
+        assert answer["choices"][0]["text"] == expected
+        plain.append(tokenizer.decode([token for token, _ in plain_steps]) == expected)
+    assert not all(plain)  # that the caches are quantised shows
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
