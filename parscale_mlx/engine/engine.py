@@ -26,8 +26,8 @@ from parscale_mlx.parallel.ranks import check_same
 from parscale_mlx.parallel.watch import SETTLE
 
 import mlx.core as mx
-from parscale_core.engine import Answer, CacheOptions, Request, RequestState, check
-from parscale_core.engine.grammar import GrammarMatcher, grammar_tokenizer
+from parscale_core.engine import Answer, CacheOptions, Request, check
+from parscale_core.engine.tokens import ModelTokens
 
 STOP = object()
 
@@ -61,6 +61,7 @@ class MlxEngine:
         cache: CacheOptions | None = None,
     ):
         self.models, self.batch_size = dict(models), batch_size
+        self._tokens = ModelTokens(self)
         self.tokenizer, self.end_tokens = unwrapped(tokenizer)
         first = next(iter(models.values()))
         for model in {id(m): m for m in (*models.values(), *filter(None, [draft_model]))}.values():
@@ -225,32 +226,19 @@ class MlxEngine:
         if error is not None:
             raise error
 
-    @cached_property
-    def _grammar_tokenizer(self):
-        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.end_tokens)
-
-    @cached_property
-    def _spared(self) -> list[int]:
-        newline = self.tokenizer.encode("\n", add_special_tokens=False)
-        return sorted(self.end_tokens | set(newline))
-
     def _row(self, request: Request) -> Row:
-        matcher = None
-        if request.grammar is not None:
-            with self._lock:
-                vocabulary = self._grammar_tokenizer
-            matcher = GrammarMatcher(vocabulary, request.grammar, self.vocab_size)
-        asked = request
-        if self._sharing is not None:
-            request = replace(request, deadline=None)
-        state = RequestState(request, self.tokenizer, self.end_tokens, self.context_length)
-        row = Row(
-            Answer(state, None if self._sharing is None else lambda: self._end(row, "cancelled")),
+        own = request if self._sharing is None else replace(request, deadline=None)
+
+        def cancel() -> None:
+            self._end(row, "cancelled")
+
+        row: Row = Row(
+            Answer(self._tokens.state(own), None if self._sharing is None else cancel),
             vocab_size=self.vocab_size,
             streams=request.streams or self.streams[0],
-            matcher=matcher,
+            matcher=self._tokens.matcher(request),
         )
-        row.deadline = asked.deadline
+        row.deadline = request.deadline
         return row
 
     @staticmethod
@@ -341,7 +329,9 @@ class MlxEngine:
         self._batches[item.streams].add(item)
 
     def _work(self, streams: int) -> Work:
-        return Work(self.models[streams], streams, self.cache, self._kept, self._spared, self._look)
+        return Work(
+            self.models[streams], streams, self.cache, self._kept, self._tokens.spared, self._look
+        )
 
     @cached_property
     def _look(self) -> mx.Stream:

@@ -76,6 +76,37 @@ def adapter2(backbone, adapter, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def opened(backbone, adapter, adapter2):
+    """Models of 1, 2 and 4 streams over one backbone, and their tokenizer."""
+    from parscale_mlx.load import open_models
+
+    return open_models(backbone, [adapter, adapter2])
+
+
+@pytest.fixture(scope="session")
+def reference(opened):
+    from helpers.serving import Reference
+
+    return Reference(*opened)
+
+
+@pytest.fixture(scope="module")
+def server(opened):
+    from helpers.serving import serving
+
+    with serving(opened) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's own."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
 @pytest.fixture
 def parscale():
     """Run ``parscale`` with arguments; ``exit_code``, ``stdout`` and ``stderr`` of what it did."""

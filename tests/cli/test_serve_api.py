@@ -7,29 +7,7 @@ from parscale_mlx.load import open_models
 import mlx.core as mx
 import openai
 import pytest
-from helpers.serving import CHAT, TEXT, Reference, chat, post, request, serving
-
-
-@pytest.fixture(scope="module")
-def opened(backbone, adapter, adapter2):
-    return open_models(backbone, [adapter, adapter2])
-
-
-@pytest.fixture(scope="module")
-def server(opened):
-    with serving(opened) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def reference(opened) -> Reference:
-    return Reference(*opened)
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
+from helpers.serving import CHAT, TEXT, chat, post, request, serving
 
 HI = [{"role": "user", "content": "Hi"}]
 

@@ -4,21 +4,11 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
-from parscale_mlx.load import load_draft, open_models
+from parscale_mlx.load import load_draft
 
 import pytest
-from helpers.serving import CHAT, TEXT, Reference, chat, post, serving
+from helpers.serving import CHAT, TEXT, chat, post, serving
 from helpers.tiny_models import error_line, write_tokenizer
-
-
-@pytest.fixture(scope="module")
-def opened(backbone, adapter, adapter2):
-    return open_models(backbone, [adapter, adapter2])
-
-
-@pytest.fixture(scope="module")
-def reference(opened) -> Reference:
-    return Reference(*opened)
 
 
 @pytest.fixture(scope="module", params=["tiny:p1", "tiny:p2", "the model itself"])

@@ -11,32 +11,11 @@ from parscale_mlx.load import open_models
 import anthropic
 import openai
 import pytest
-from helpers.serving import CHAT, TEXT, Reference, chat, post, raw, raw_post, request, serving
+from helpers.serving import CHAT, TEXT, chat, post, raw, raw_post, request, serving
 from pydantic import BaseModel
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 HI = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture(scope="module")
-def opened(model):
-    return open_models(model, [])
-
-
-@pytest.fixture(scope="module")
-def server(opened):
-    with serving(opened) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def reference(opened) -> Reference:
-    return Reference(*opened)
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
 @pytest.fixture(scope="module")

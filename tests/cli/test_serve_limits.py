@@ -6,13 +6,11 @@ import time
 from contextlib import suppress
 
 from parscale_mlx.engine.batch import Batch
-from parscale_mlx.load import open_models
 
 import pytest
 from helpers.serving import (
     CHAT,
     TEXT,
-    Reference,
     chat,
     metric,
     post,
@@ -24,19 +22,9 @@ from helpers.serving import (
 
 
 @pytest.fixture(scope="module")
-def opened(model):
-    return open_models(model, [])
-
-
-@pytest.fixture(scope="module")
 def server(opened):
     with serving(opened, max_tokens=400) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def reference(opened) -> Reference:
-    return Reference(*opened)
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
-from parscale_mlx.load import open_models
-
 import mlx.core as mx
-import pytest
 from helpers.serving import (
     CHAT,
     TEXT,
@@ -28,11 +25,6 @@ from helpers.serving import (
 
 QUESTIONS = [f"question {word} of many" for word in ("one", "two", "three", "four", "five", "six")]
 LENGTH = 24
-
-
-@pytest.fixture(scope="module")
-def opened(backbone, adapter, adapter2):
-    return open_models(backbone, [adapter, adapter2])
 
 
 def good(server, n: int, expected: dict) -> str:

@@ -4,7 +4,6 @@ import shutil
 import time
 
 from parscale_mlx.engine.batch import Batch
-from parscale_mlx.load import open_models
 
 import pytest
 from helpers.serving import CHAT, Reference, chat, post, serving
@@ -35,11 +34,6 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with Chrome(options=options, service=ChromeService(driver)) as browser:
         yield browser
-
-
-@pytest.fixture(scope="module")
-def opened(backbone, adapter, adapter2):
-    return open_models(backbone, [adapter, adapter2])
 
 
 class Page:

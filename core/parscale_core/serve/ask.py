@@ -10,6 +10,7 @@ from parscale_core.serve.errors import RequestFailed
 from parscale_core.serve.fields import Generation
 
 MOST_ANSWERS = 128
+OBJECT = {"type": "object"}  # the schema of any JSON object
 ALL = 1 << 20  # tokens that a penalty looks back on, where a request says 0
 
 
@@ -22,7 +23,7 @@ class Ask:
         prompts: token ids of each.
         n: answers to each.
         logprobs: likeliest tokens to tell, None for no logprobs.
-        schema: a JSON schema for the answers.
+        grammar: that the answers follow.
         tools: that the answers may call, as OpenAI's chat has them.
     """
 
@@ -30,8 +31,23 @@ class Ask:
     prompts: list[list[int]]
     n: int = 1
     logprobs: int | None = None
-    schema: Mapping[str, Any] | None = None
+    grammar: str | None = None
     tools: Sequence[dict[str, Any]] = ()
+
+
+def json_grammar(schema: Mapping[str, Any], field: str) -> str:
+    """The grammar of the JSON texts that a request's schema allows.
+
+    Args:
+        field: that has it, for errors.
+
+    Raises:
+        RequestFailed: it is no schema that can be followed.
+    """
+    try:
+        return from_json_schema(schema)
+    except ValueError as error:
+        raise RequestFailed(400, f"{field}: {error}", None, field.partition(".")[0]) from error
 
 
 def requests_of(ask: Ask, serving: Any, model: str, deadline: float) -> list[Request]:
@@ -52,13 +68,6 @@ def requests_of(ask: Ask, serving: Any, model: str, deadline: float) -> list[Req
     if general.num_draft_tokens is not None:
         drafted = general.num_draft_tokens
     draft = serving.names.draft(general.draft_model, model, settings.draft) if drafted else None
-    grammar = None
-    if ask.schema is not None:
-        try:
-            grammar = from_json_schema(ask.schema)
-        except ValueError as error:
-            message = f"response_format: {error}"
-            raise RequestFailed(400, message, None, "response_format") from error
     samplings = _samplings(general, settings, engine.vocab_size, ask.n)
     return [
         Request(
@@ -68,7 +77,7 @@ def requests_of(ask: Ask, serving: Any, model: str, deadline: float) -> list[Req
             stop=(general.stop,) if isinstance(general.stop, str) else tuple(general.stop),
             logprobs=ask.logprobs,
             stream_weights=general.stream_weights,
-            grammar=grammar,
+            grammar=ask.grammar,
             draft=draft,
             num_draft_tokens=max(1, drafted),
             deadline=deadline,

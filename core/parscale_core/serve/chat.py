@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from parscale_core.serve import events, prompt
-from parscale_core.serve.ask import Ask
+from parscale_core.serve import choices, prompt
+from parscale_core.serve.ask import OBJECT, Ask, json_grammar
 from parscale_core.serve.errors import RequestFailed
 from parscale_core.serve.fields import (
     Fields,
     Generation,
+    NamedSchema,
     ObjectFormat,
     Open,
     StreamOptions,
@@ -35,13 +36,6 @@ class Message(Open):
     role: str
     content: str | list[TextPart] | None = None
     tool_calls: list[ToolCall] | None = None
-
-
-class NamedSchema(Fields):
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
 
 
 class SchemaFormat(Fields):
@@ -77,14 +71,13 @@ def ask(fields: ChatRequest, tokenizer: Any) -> Ask:
     messages = [prompt.plain_message(m.model_dump(exclude_none=True)) for m in fields.messages]
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or []]
     tools = tools if fields.tool_choice == "auto" else []
-    schema: dict[str, Any] | None = None
-    if isinstance(fields.response_format, ObjectFormat):
-        schema = {"type": "object"}
-    elif isinstance(fields.response_format, SchemaFormat):
-        schema = fields.response_format.json_schema.schema_
-    if schema is not None and tools:
-        message = "response_format: not together with tools, unless tool_choice is none"
-        raise RequestFailed(400, message, None, "response_format")
+    form, grammar = fields.response_format, None
+    if isinstance(form, ObjectFormat | SchemaFormat):
+        if tools:
+            message = "response_format: not together with tools, unless tool_choice is none"
+            raise RequestFailed(400, message, None, "response_format")
+        schema = OBJECT if isinstance(form, ObjectFormat) else form.json_schema.schema_
+        grammar = json_grammar(schema, "response_format")
     if fields.max_completion_tokens is not None:
         fields.max_tokens = fields.max_completion_tokens
     tops = fields.top_logprobs
@@ -100,70 +93,45 @@ def ask(fields: ChatRequest, tokenizer: Any) -> Ask:
         [ids],
         n=fields.n,
         logprobs=(tops or 0) if fields.logprobs or tops else None,
-        schema=schema,
+        grammar=grammar,
         tools=tools,
     )
 
 
 def whole(fields: ChatRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:
-    choices = []
+    made = []
     for answer in answers:
-        message: dict[str, Any] = {"role": "assistant", "content": answer.text or None}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
         if answer.calls:
-            message["tool_calls"] = [_call(call) for call in answer.calls]
-        elif answer.text == "":
-            message["content"] = ""
-        choices.append({"index": answer.index, "message": message} | _details(fields, turn, answer))
-    return _head(turn, "chat.completion") | {"choices": choices, "usage": usage(turn)}
+            calls = [_call(call) for call in answer.calls]
+            message |= {"content": answer.text or None, "tool_calls": calls}
+        made.append({"index": answer.index, "message": message} | _details(fields, turn, answer))
+    return choices.whole(turn, _head(turn, "chat.completion"), made)
 
 
-async def stream(fields: ChatRequest, turn: Turn) -> AsyncIterator[bytes]:
-    head = _head(turn, "chat.completion.chunk")
-    if fields.stream_options.include_usage:
-        head["usage"] = None
-    kept = [Part(index) for index in range(turn.count)]
-    roles: set[int] = set()
-    calls = [0] * turn.count
-    async for part in turn.parts():
-        answer = kept[part.index]
-        answer.add(part)
-        if not (answer.text or answer.calls or answer.finish_reason):
-            continue  # a token whose characters are incomplete makes no chunk
-        kept[part.index] = Part(part.index)
-        delta: dict[str, Any] = {} if part.index in roles else {"role": "assistant"}
-        roles.add(part.index)
+def stream(fields: ChatRequest, turn: Turn) -> AsyncIterator[bytes]:
+    begun: set[int] = set()
+    called = [0] * turn.count
+
+    def choice(answer: Part) -> dict[str, Any]:
+        index = answer.index
+        delta: dict[str, Any] = {} if index in begun else {"role": "assistant"}
+        begun.add(index)
         if answer.text or "role" in delta:
             delta["content"] = answer.text
         if answer.calls:
-            first = calls[part.index]
-            calls[part.index] += len(answer.calls)
             delta["tool_calls"] = [
-                {"index": first + n} | _call(call) for n, call in enumerate(answer.calls)
+                {"index": n} | _call(call) for n, call in enumerate(answer.calls, called[index])
             ]
-        choice = {"index": part.index, "delta": delta} | _details(fields, turn, answer)
-        yield events.data(head | {"choices": [choice]})
-    if fields.stream_options.include_usage:
-        yield events.data(head | {"choices": [], "usage": usage(turn)})
-    yield events.DONE
+            called[index] += len(answer.calls)
+        return {"index": index, "delta": delta} | _details(fields, turn, answer)
 
-
-def usage(turn: Turn) -> dict[str, Any]:
-    return {
-        "prompt_tokens": turn.prompt_tokens,
-        "completion_tokens": turn.tokens,
-        "total_tokens": turn.prompt_tokens + turn.tokens,
-        "prompt_tokens_details": {"cached_tokens": turn.cached_tokens},
-    }
+    head = _head(turn, "chat.completion.chunk")
+    return choices.stream(turn, head, fields.stream_options, choice)
 
 
 def _head(turn: Turn, kind: str) -> dict[str, Any]:
-    return {
-        "id": f"chatcmpl-{turn.id}",
-        "object": kind,
-        "created": turn.created,
-        "model": turn.model,
-        "system_fingerprint": turn.serving.fingerprint,
-    }
+    return {"id": f"chatcmpl-{turn.id}", "object": kind}
 
 
 def _details(fields: ChatRequest, turn: Turn, answer: Part) -> dict[str, Any]:

@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from parscale_core.serve import events, prompt
+from parscale_core.serve import choices, prompt
 from parscale_core.serve.ask import Ask
-from parscale_core.serve.chat import usage
 from parscale_core.serve.fields import Generation, StreamOptions
 from parscale_core.serve.turn import Part, Turn
 
@@ -46,38 +45,23 @@ def ask(fields: CompletionRequest, tokenizer: Any) -> Ask:
 
 
 def whole(fields: CompletionRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:
-    choices = [_choice(fields, turn, answer, 0) for answer in answers]
-    return _head(turn) | {"choices": choices, "usage": usage(turn)}
+    made = [_choice(fields, turn, answer, 0) for answer in answers]
+    return choices.whole(turn, _head(turn), made)
 
 
-async def stream(fields: CompletionRequest, turn: Turn) -> AsyncIterator[bytes]:
-    head = _head(turn)
-    if fields.stream_options.include_usage:
-        head["usage"] = None
-    kept = [Part(index) for index in range(turn.count)]
+def stream(fields: CompletionRequest, turn: Turn) -> AsyncIterator[bytes]:
     lengths = [0] * turn.count
-    async for part in turn.parts():
-        answer = kept[part.index]
-        answer.add(part)
-        if not (answer.text or answer.finish_reason):
-            continue
-        kept[part.index] = Part(part.index)
-        choice = _choice(fields, turn, answer, lengths[part.index])
-        lengths[part.index] += len(answer.text)
-        yield events.data(head | {"choices": [choice]})
-    if fields.stream_options.include_usage:
-        yield events.data(head | {"choices": [], "usage": usage(turn)})
-    yield events.DONE
+
+    def choice(answer: Part) -> dict[str, Any]:
+        lengths[answer.index] += len(answer.text)
+        offset = lengths[answer.index] - len(answer.text)
+        return _choice(fields, turn, answer, offset)
+
+    return choices.stream(turn, _head(turn), fields.stream_options, choice)
 
 
 def _head(turn: Turn) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{turn.id}",
-        "object": "text_completion",
-        "created": turn.created,
-        "model": turn.model,
-        "system_fingerprint": turn.serving.fingerprint,
-    }
+    return {"id": f"cmpl-{turn.id}", "object": "text_completion"}
 
 
 def _choice(fields: CompletionRequest, turn: Turn, answer: Part, offset: int) -> dict[str, Any]:

@@ -71,6 +71,13 @@ class ObjectFormat(Fields):
     type: Literal["json_object"]
 
 
+class NamedSchema(Fields):
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
 class Function(Fields):
     name: str = Field(min_length=1)
     description: str | None = None

@@ -6,9 +6,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from parscale_core.serve import events, prompt
-from parscale_core.serve.ask import Ask
+from parscale_core.serve.ask import OBJECT, Ask, json_grammar
 from parscale_core.serve.errors import RequestFailed
-from parscale_core.serve.fields import Fields, Generation, ObjectFormat, Open, TextFormat
+from parscale_core.serve.fields import (
+    Fields,
+    Function,
+    Generation,
+    NamedSchema,
+    ObjectFormat,
+    Open,
+    TextFormat,
+)
 from parscale_core.serve.tools import Call
 from parscale_core.serve.turn import Part, Turn
 
@@ -37,12 +45,8 @@ class FunctionOutput(Open):
     output: str | list[InputPart]
 
 
-class SchemaFormat(Fields):
+class SchemaFormat(NamedSchema):
     type: Literal["json_schema"]
-    name: str | None = None
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = None
 
 
 class Text(Fields):
@@ -51,12 +55,8 @@ class Text(Fields):
     ) = None
 
 
-class FunctionTool(Fields):
+class FunctionTool(Function):
     type: Literal["function"]
-    name: str = Field(min_length=1)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
 
 
 class ResponseRequest(Fields):
@@ -104,11 +104,12 @@ def ask(fields: ResponseRequest, tokenizer: Any) -> Ask:
         for tool in fields.tools or []
     ]
     tools = tools if fields.tool_choice == "auto" else []
-    form = fields.text.format
-    schema = form.schema_ if isinstance(form, SchemaFormat) else None
-    schema = {"type": "object"} if isinstance(form, ObjectFormat) else schema
-    if schema is not None and tools:
-        raise RequestFailed(400, "text.format: not together with tools", None, "text")
+    form, grammar = fields.text.format, None
+    if isinstance(form, ObjectFormat | SchemaFormat):
+        if tools:
+            raise RequestFailed(400, "text.format: not together with tools", None, "text")
+        schema = OBJECT if isinstance(form, ObjectFormat) else form.schema_
+        grammar = json_grammar(schema, "text.format")
     general = Generation(
         model=fields.model,
         max_tokens=fields.max_output_tokens,
@@ -116,7 +117,7 @@ def ask(fields: ResponseRequest, tokenizer: Any) -> Ask:
         top_p=fields.top_p,
     )
     ids = prompt.encode_chat(tokenizer, messages, tools=tools or None)
-    return Ask(general, [ids], schema=schema, tools=tools)
+    return Ask(general, [ids], grammar=grammar, tools=tools)
 
 
 def whole(fields: ResponseRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:

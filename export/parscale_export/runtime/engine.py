@@ -3,12 +3,11 @@
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import psutil
-from parscale_core.engine import Answer, Request, RequestState, check
-from parscale_core.engine.grammar import GrammarMatcher, grammar_tokenizer
+from parscale_core.engine import Answer, Request, check
+from parscale_core.engine.tokens import ModelTokens
 
 from parscale_export.runtime.decoder import Decoder
 from parscale_export.runtime.model import OnnxModel
@@ -53,6 +52,7 @@ class OnnxEngine:
         self.gives_stream_weights = gives_stream_weights
         # A draft's tokens are judged by the logits of several tokens, in rows of their own.
         self.drafts: Sequence[int | str] = ()
+        self._tokens = ModelTokens(self)
         self.name = f"onnxruntime {model.provider}"
         self.failure: Exception | None = None
         self._slots, self._kept_bytes = slots, kept_bytes
@@ -71,20 +71,15 @@ class OnnxEngine:
     def submit(self, request: Request) -> Answer:
         """As the protocol; the grammar is read here, on the caller's thread."""
         check(request, self)
-        matcher = None
-        if request.grammar is not None:
-            with self._lock:
-                vocabulary = self._grammar_tokenizer
-            matcher = GrammarMatcher(vocabulary, request.grammar, self.vocab_size)
-        state = RequestState(request, self.tokenizer, self.end_tokens, self.context_length)
-        streams = request.streams or self.streams[0]
-        row = RequestRow(Answer(state), streams, matcher, self._spared)
+        tokens, streams = self._tokens, request.streams or self.streams[0]
+        answer = Answer(tokens.state(request))
+        row = RequestRow(answer, streams, tokens.matcher(request), tokens.spared)
         with self._lock:
             if self._closed or self.failure is not None:
                 why = f"generation failed: {self.failure}" if self.failure else "it is closed"
                 raise RuntimeError(f"the engine takes no requests: {why}")
             self._inbox.put(row)
-        return row.answer
+        return answer
 
     def score(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], streams: int
@@ -117,15 +112,6 @@ class OnnxEngine:
             self._closed = True
         self._inbox.put(STOP)
         self._thread.join()
-
-    @cached_property
-    def _grammar_tokenizer(self):
-        return grammar_tokenizer(self.tokenizer, self.vocab_size, self.end_tokens)
-
-    @cached_property
-    def _spared(self) -> list[int]:
-        newline = self.tokenizer.encode("\n", add_special_tokens=False)
-        return sorted(self.end_tokens | set(newline))
 
     def _run(self) -> None:
         try:
