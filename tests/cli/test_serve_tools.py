@@ -5,7 +5,8 @@ import json
 import anthropic
 import openai
 import pytest
-from helpers.scripted import ScriptedEngine, bytes_tokenizer
+from helpers.byte_tokenizers import byte_level
+from helpers.scripted import ScriptedEngine
 from helpers.serving import CHAT, post, running
 from parscale_core.serve.settings import Settings
 
@@ -93,8 +94,8 @@ NO_CALLS = [
 
 
 def tokenizer(family: str):
-    special = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
-    return bytes_tokenizer(BODY % TEMPLATES[family], special)
+    special = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>")
+    return byte_level(*special, template=BODY % TEMPLATES[family])
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +211,11 @@ def test_without_tools_nothing_is_a_call(servers):
         body = {"messages": [{"role": "user", "content": said}], "max_tokens": 99} | fields
         answer = post(servers["llama"], CHAT, body)
         assert answer.text() == said
+
+
+def test_past_calls_that_no_template_can_read(servers):
+    wrong = ["x", {"arguments": "{}"}, {"name": "weather", "arguments": 5}, None]
+    for call in [{"id": "1"}, *({"id": "1", "function": function} for function in wrong)]:
+        body = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+        answer = post(servers["qwen"], CHAT, body)
+        assert answer.status == 400 and "tool_calls.0" in answer.error()

@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 import pytest
+from helpers.byte_tokenizers import BYTES, END
 from parscale_core.engine import grammar
-from test_request_state import BYTES, END
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -97,6 +97,7 @@ def test_what_a_vocabulary_cannot_write_is_an_error():
         (grammar.from_json_schema, "[1]"),
         (grammar.from_json_schema, {"type": "nonsense"}),
         (grammar.from_json_schema, {"not": {"type": "string"}}),
+        (grammar.from_json_schema, {"x-guidance": {"whitespace_pattern": ".*"}}),
         (grammar.from_text, "(unclosed"),
         (grammar.from_text, "start: missing_rule\n"),
     ],

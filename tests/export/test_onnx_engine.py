@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 import psutil
 import pytest
+from helpers.byte_tokenizers import BYTES, SCRIPTS, decoded
 from helpers.onnx_adapters import split
 from helpers.onnx_cases import GOLDEN, OPERATORS, batches
 from helpers.tiny_models import write_tokenizer
@@ -22,7 +23,6 @@ from parscale_export import OnnxEngine, OnnxModel, export_onnx, open_engine
 from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.prefill import Growing
 from parscale_export.runtime.sampling import choose, generator
-from test_request_state import BYTES, SCRIPTS, decoded
 
 CASES = {1: "p1", 2: "p2-tied-sharded", 4: "p4"}
 KINDS = [

@@ -1,23 +1,9 @@
 """An engine that says what it is told: the server's part of an answer, without a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from parscale_core.engine import Answer, Request, RequestState, check
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-
-def bytes_tokenizer(template: str, special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
-    """Each byte is a token, and so is each special text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: n for n, token in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in ("<end>", *special)])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-    made.chat_template = template
-    return made
 
 
 class ScriptedEngine:

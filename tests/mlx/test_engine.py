@@ -11,13 +11,13 @@ from parscale_mlx.engine.sampling import make_sampler as our_sampler
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.byte_tokenizers import BYTES, SCRIPTS, decoded
 from helpers.golden_cases import GOLDEN, load_golden
 from helpers.tiny_models import write_tokenizer
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from parscale_core.engine import Request, Sampling, grammar
-from test_request_state import BYTES, SCRIPTS, decoded
 
 TWELVE = Sampling(max_tokens=12)
 

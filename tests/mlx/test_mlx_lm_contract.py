@@ -12,11 +12,11 @@ from parscale_mlx.engine import mlx_lm_parts as parts
 
 import mlx.core as mx
 import pytest
+from helpers.byte_tokenizers import BYTES
 from helpers.golden_cases import load_golden
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
-from test_request_state import BYTES
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 

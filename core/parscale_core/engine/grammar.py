@@ -31,6 +31,8 @@ def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
         parsed = {}
     if not isinstance(parsed, Mapping):
         raise ValueError("JSON schema: must be an object")
+    if "x-guidance" in parsed:  # its own: how white space is written, and more
+        raise ValueError("JSON schema: x-guidance is not a key of schemas")
     try:
         grammar = LLMatcher.grammar_from_json_schema(dict(parsed), overrides=_JSON_LAYOUT)
     except ValueError as error:
@@ -111,7 +113,7 @@ class GrammarMatcher:
     """
 
     def __init__(self, tokenizer: LLTokenizer, grammar: str, vocab_size: int):
-        self.matcher = LLMatcher(tokenizer, grammar)
+        self.matcher = LLMatcher(tokenizer, grammar, log_level=0)  # errors are raised here
         self.vocab_size = vocab_size
         self.consumed: list[int] = []
         self._check()
@@ -154,4 +156,4 @@ class GrammarMatcher:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).partition("<state>")[0].split())[:300]

@@ -57,11 +57,8 @@ class Gate:
             except RequestFailed as failure:
                 body = failure.body(scope["path"])
                 await AnswerJson(body, failure.status)(scope, receive, answer)
-        except Exception:
+        except Exception:  # the application has answered
             LOG.exception("a request failed")
-            if not status:
-                failed = RequestFailed(500, "the server failed at this request")
-                await AnswerJson(failed.body(scope["path"]), 500)(scope, receive, answer)
         finally:
             status = HUNG_UP if scope.get("parscale.hung_up") or not status else status
             self._note(scope, asked, status)

@@ -81,6 +81,11 @@ def make_app(serving: Serving) -> FastAPI:
     async def failed(request: Request, failure: RequestFailed) -> Response:
         return AnswerJson(failure.body(request.url.path), failure.status)
 
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        failure = RequestFailed(500, "the server failed at this request")
+        return AnswerJson(failure.body(request.url.path), failure.status)
+
     app.openapi = _document(app)  # type: ignore[method-assign]
     return app
 

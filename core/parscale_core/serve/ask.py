@@ -24,6 +24,7 @@ class Ask:
         n: answers to each.
         logprobs: likeliest tokens to tell, None for no logprobs.
         grammar: that the answers follow.
+        limit: the field that says how many tokens an answer may have.
         tools: that the answers may call, as OpenAI's chat has them.
     """
 
@@ -32,6 +33,7 @@ class Ask:
     n: int = 1
     logprobs: int | None = None
     grammar: str | None = None
+    limit: str = "max_tokens"
     tools: Sequence[dict[str, Any]] = ()
 
 
@@ -68,7 +70,7 @@ def requests_of(ask: Ask, serving: Any, model: str, deadline: float) -> list[Req
     if general.num_draft_tokens is not None:
         drafted = general.num_draft_tokens
     draft = serving.names.draft(general.draft_model, model, settings.draft) if drafted else None
-    samplings = _samplings(general, settings, engine.vocab_size, ask.n)
+    samplings = _samplings(ask, settings, engine.vocab_size)
     return [
         Request(
             prompt,
@@ -87,11 +89,11 @@ def requests_of(ask: Ask, serving: Any, model: str, deadline: float) -> list[Req
     ]
 
 
-def _samplings(general: Generation, settings: Any, vocabulary: int, n: int) -> list[Sampling]:
-    most = settings.max_tokens
+def _samplings(ask: Ask, settings: Any, vocabulary: int) -> list[Sampling]:
+    general, most = ask.general, settings.max_tokens
     if general.max_tokens is not None and not 1 <= general.max_tokens <= most:
-        message = f"max_tokens must be a whole number from 1 to {most}"
-        raise RequestFailed(400, message, None, "max_tokens")
+        message = f"{ask.limit} must be a whole number from 1 to {most}"
+        raise RequestFailed(400, message, None, ask.limit)
     temperature = general.temperature
     fields = dict(
         max_tokens=general.max_tokens or most,
@@ -110,7 +112,7 @@ def _samplings(general: Generation, settings: Any, vocabulary: int, n: int) -> l
         frequency_context=general.frequency_context_size or ALL,
         logit_bias=_logit_bias(general.logit_bias or {}, vocabulary),
     )
-    seeds = [None if general.seed is None else _seed(general.seed + k) for k in range(n)]
+    seeds = [None if general.seed is None else _seed(general.seed + k) for k in range(ask.n)]
     return [Sampling(**fields, seed=seed) for seed in seeds]  # type: ignore[arg-type]
 
 

@@ -56,7 +56,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         RequestFailed: it is not a JSON object.
     """
     try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse, parse_float=_finite)
+        body = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         message = f"Invalid JSON in request body: {str(error)[:200]}"
         raise RequestFailed(400, message) from error

@@ -27,9 +27,15 @@ class TextPart(Fields):
     text: str
 
 
+class CalledFunction(Open):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
 class ToolCall(Open):
     id: str | None = None
     type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class Message(Open):
@@ -78,8 +84,9 @@ def ask(fields: ChatRequest, tokenizer: Any) -> Ask:
             raise RequestFailed(400, message, None, "response_format")
         schema = OBJECT if isinstance(form, ObjectFormat) else form.json_schema.schema_
         grammar = json_grammar(schema, "response_format")
+    limit = "max_tokens"
     if fields.max_completion_tokens is not None:
-        fields.max_tokens = fields.max_completion_tokens
+        fields.max_tokens, limit = fields.max_completion_tokens, "max_completion_tokens"
     tops = fields.top_logprobs
     ids = prompt.encode_chat(
         tokenizer,
@@ -94,6 +101,7 @@ def ask(fields: ChatRequest, tokenizer: Any) -> Ask:
         n=fields.n,
         logprobs=(tops or 0) if fields.logprobs or tops else None,
         grammar=grammar,
+        limit=limit,
         tools=tools,
     )
 

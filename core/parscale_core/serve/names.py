@@ -38,7 +38,7 @@ class ModelNames:
         """
         full = self.default if name in (None, self.name, DEFAULT) else str(name)
         if full not in self.streams:
-            message = f"no model {name!r} here, only {', '.join(self.all)}"
+            message = f"no model {full[:200]!r} here, only {', '.join(self.all)}"
             raise RequestFailed(404, message, "model_not_found", "model")
         return full
 
@@ -67,6 +67,6 @@ class ModelNames:
             there += ["ngram"] * ("ngram" in self.drafts)
             what = f"only {', '.join(there)}" if self.drafts else "nothing drafts here"
             raise RequestFailed(
-                400, f"draft_model: no model {name!r} here, {what}", None, "draft_model"
+                400, f"draft_model: no model {str(name)[:200]!r} here, {what}", None, "draft_model"
             )
         return draft

@@ -38,7 +38,7 @@ def plain_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
-    function = dict(call.get("function") or {})
+    function = dict(call["function"])
     # What is no JSON stays text.
     with suppress(TypeError, ValueError):
         function["arguments"] = json.loads(function.get("arguments") or "{}")

@@ -117,7 +117,7 @@ def ask(fields: ResponseRequest, tokenizer: Any) -> Ask:
         top_p=fields.top_p,
     )
     ids = prompt.encode_chat(tokenizer, messages, tools=tools or None)
-    return Ask(general, [ids], grammar=grammar, tools=tools)
+    return Ask(general, [ids], grammar=grammar, limit="max_output_tokens", tools=tools)
 
 
 def whole(fields: ResponseRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:
