@@ -9,9 +9,8 @@ from parscale_mlx.model import Model
 
 import mlx.core as mx
 import numpy as np
-from parscale_core.engine import Answer, Logprob
+from parscale_core.engine import Answer
 from parscale_core.engine.grammar import GrammarMatcher
-from parscale_core.engine.logprobs import told
 
 NOT_NUMBERS = (
     "the logits are not numbers; most likely a value left the range of the model's type (float16 "
@@ -100,22 +99,9 @@ class Row:
         if not np.isfinite(chosen):
             self.fail(ArithmeticError(NOT_NUMBERS))
             return
-        logprob: float | None = None
-        top: tuple[Logprob, ...] = ()
-        if self.request.logprobs is not None:
-            logprob, top = told(np.array(own.logits), token, self.request.logprobs)
-        weights = None
-        if self.request.stream_weights:
-            weights = (1.0,) if own.weights is None else tuple(np.array(own.weights).tolist())
-        self.answer.put(
-            self.state.push(
-                token,
-                logprob=logprob,
-                top_logprobs=top,
-                stream_weights=weights,
-                drafted=drafted,
-            )
-        )
+        logits = None if own.logits is None else np.array(own.logits)
+        weights: Any = None if own.weights is None else own.weights.tolist()
+        self.answer.put(self.state.push(token, logits=logits, weights=weights, drafted=drafted))
 
     def fail(self, error: Exception) -> None:
         self.state.finish_reason = "cancelled"

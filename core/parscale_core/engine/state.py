@@ -1,10 +1,13 @@
 """The state of one request while it is answered; nothing of it is shared with another."""
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from parscale_core.engine.detokenize import Detokenizer
+from parscale_core.engine.logprobs import told
 from parscale_core.engine.request import FinishReason, Logprob, Piece, Request
 from parscale_core.engine.stop import StopStrings
 
@@ -49,12 +52,16 @@ class RequestState:
         self,
         token: int,
         *,
-        logprob: float | None = None,
-        top_logprobs: tuple[Logprob, ...] = (),
-        stream_weights: tuple[float, ...] | None = None,
+        logits: np.ndarray | None = None,
+        weights: Sequence[float] | None = None,
         drafted: bool = False,
     ) -> Piece:
-        """Add the answer's next token; the piece says whether the answer ends with it."""
+        """Add the answer's next token; the piece says whether the answer ends with it.
+
+        Args:
+            logits: the model's own, [vocabulary], where the request asks for logprobs.
+            weights: of the P streams; None for one stream.
+        """
         self.tokens.append(token)
         is_end = token in self.end_tokens
         text = "" if is_end else self._stop.push(self._detokenizer.push(token))
@@ -64,13 +71,17 @@ class RequestState:
             self.finish_reason = self._interruption()
             if self.finish_reason is None and len(self.tokens) >= self.max_tokens:
                 self.finish_reason = "length"
+        logprob: float | None = None
+        top: tuple[Logprob, ...] = ()
+        if self.request.logprobs is not None and logits is not None:
+            logprob, top = told(logits, token, self.request.logprobs)
         return Piece(
             token,
             text + self._rest() if self.finish_reason else text,
             self.finish_reason,
             logprob,
-            top_logprobs,
-            stream_weights,
+            top,
+            tuple(weights or (1.0,)) if self.request.stream_weights else None,
             drafted,
             self.cached_tokens if len(self.tokens) == 1 else 0,
         )

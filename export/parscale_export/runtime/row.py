@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-from parscale_core.engine import Answer, Logprob
+from parscale_core.engine import Answer
 from parscale_core.engine.grammar import GrammarMatcher
-from parscale_core.engine.logprobs import told
 
 from parscale_export.runtime.sampling import choose, generator, takes_likeliest
 
@@ -67,26 +66,14 @@ class RequestRow:
         token = choose(
             logits, self.tokens, request.sampling, self.random, allowed=allowed, spared=self.spared
         )
-        logprob: float | None = None
-        top: tuple[Logprob, ...] = ()
-        if request.logprobs is not None:
-            logprob, top = told(logits, token, request.logprobs)
-        self._push(token, weights, logprob, top)
+        self._push(token, weights, logits)
 
     def take_token(self, token: int, weights: np.ndarray | None) -> None:
         self._push(token, weights)
 
     def _push(
-        self,
-        token: int,
-        weights: np.ndarray | None,
-        logprob: float | None = None,
-        top: tuple[Logprob, ...] = (),
+        self, token: int, weights: np.ndarray | None, logits: np.ndarray | None = None
     ) -> None:
-        streams = None
-        if self.request.stream_weights:
-            streams = (1.0,) if weights is None else tuple(weights.tolist())
         self.tokens.append(token)
-        self.answer.put(
-            self.state.push(token, logprob=logprob, top_logprobs=top, stream_weights=streams)
-        )
+        told = None if weights is None else weights.tolist()
+        self.answer.put(self.state.push(token, logits=logits, weights=told))
