@@ -53,6 +53,9 @@ BAD_CHAT = [
     ({"max_tokens": 401}, "400"),
     ({"max_tokens": 10**400}, "max_tokens"),
     ({"max_completion_tokens": "5"}, "max_completion_tokens"),
+    ({"max_completion_tokens": 0}, "max_completion_tokens must"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"x-guidance": {}}}}},
+     "x-guidance"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 10**400}, "temperature"),
     ({"temperature": True}, "temperature"),
@@ -118,6 +121,21 @@ BAD_TEXT = [
 def test_bad_fields_of_a_chat(server, reference, fields, word):
     answer = post(server, CHAT, chat("Hi") | fields)
     assert answer.status == 400 and word in answer.error()
+
+
+def test_long_names_and_marks_of_a_byte_order(server, reference):
+    answer = post(server, CHAT, chat("Hi", model="x" * 100_000))
+    assert answer.status == 404 and len(answer.body) < 500
+    answer = post(server, CHAT, b"\xef\xbb\xbf" + json.dumps(chat("Hi")).encode())
+    assert answer.text() == reference.chat("Hi")
+
+
+def test_an_error_of_ours_is_told_as_others(server, monkeypatch, caplog):
+    monkeypatch.setattr(server.serving.names, "resolve", lambda name: {}[name])
+    answer = post(server, CHAT, chat("Hi"))
+    assert answer.status == 500 and answer.error() == "the server failed at this request"
+    monkeypatch.undo()
+    assert wait_for(lambda: sum(r.exc_info is not None for r in caplog.records) == 1)
 
 
 @pytest.mark.parametrize(("fields", "word"), BAD_TEXT, ids=lambda x: str(x)[:40])
