@@ -121,7 +121,7 @@ class ModelInHarness(TemplateLM):
         known = (*SAMPLING, "until", "max_gen_toks", "do_sample")
         for name, value in options.items():
             if name not in known and (name, value) != ("num_beams", 1):
-                raise ValueError(f"generation_kwargs of a task: {name} is not known here")
+                raise ValueError(f"generation_kwargs of a task: {name}: {value} is not known here")
         if options["do_sample"]:
             options = {"temperature": 1.0, "seed": self._seed + number} | options
         sampling = {name: options[name] for name in (*SAMPLING, "seed") if name in options}
