@@ -213,6 +213,15 @@ def test_without_tools_nothing_is_a_call(servers):
         assert answer.text() == said
 
 
+def test_schemas_that_tell_nothing(servers):
+    said = next(said for family, said, *_ in SAID if family == "coder")
+    for parameters in ({"properties": []}, {"properties": {"days": 5}}, {"properties": None}, {}):
+        tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+        body = {"messages": [{"role": "user", "content": said}], "tools": [tool]}
+        (call,) = post(servers["coder"], CHAT, body).json()["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"]) == {"city": "Oslo", "days": "3"}
+
+
 def test_past_calls_that_no_template_can_read(servers):
     wrong = ["x", {"arguments": "{}"}, {"name": "weather", "arguments": 5}, None]
     for call in [{"id": "1"}, *({"id": "1", "function": function} for function in wrong)]:

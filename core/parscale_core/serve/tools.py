@@ -142,6 +142,7 @@ def _objects(text: str) -> list[Call]:
 
 
 def _tagged(text: str, tools: Sequence[dict[str, Any]]) -> list[Call]:
+    """Qwen3-Coder's functions, whose parameters are texts."""
     if FUNCTION.sub("", text):
         raise ValueError("more than functions")
     schemas = {tool["function"]["name"]: tool["function"].get("parameters") for tool in tools}
@@ -149,8 +150,9 @@ def _tagged(text: str, tools: Sequence[dict[str, Any]]) -> list[Call]:
     for name, body in FUNCTION.findall(text):
         if PARAMETER.sub("", body).strip():
             raise ValueError("more than parameters")
-        properties = (schemas.get(name) or {}).get("properties") or {}
-        arguments = {key: _value(v, properties.get(key)) for key, v in PARAMETER.findall(body)}
+        known = (schemas.get(name) or {}).get("properties")
+        known = known if isinstance(known, dict) else {}
+        arguments = {key: _value(v, known.get(key)) for key, v in PARAMETER.findall(body)}
         calls.append(Call(name, _written(arguments)))
     return calls
 
