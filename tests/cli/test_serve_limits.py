@@ -166,7 +166,7 @@ def test_bodies_that_are_no_json_object(server, reference, body):
 
 
 def test_unknown_models_and_paths(server, reference):
-    for name in ("gpt-4", "tiny:p2", "tiny:p", "/etc/passwd", "../tiny", ""):
+    for name in ("gpt-4", "tiny:p3", "tiny:p", "/etc/passwd", "../tiny", ""):
         answer = post(server, CHAT, chat("Hi", model=name))
         assert answer.status == 404 and "tiny:p4" in answer.error()
         assert answer.json()["error"]["code"] == "model_not_found"

@@ -3,6 +3,8 @@
 import threading
 from functools import cached_property
 
+from llguidance import LLTokenizer
+
 from parscale_core.engine.grammar import GrammarMatcher, grammar_tokenizer
 from parscale_core.engine.protocol import Engine
 from parscale_core.engine.request import Request
@@ -39,6 +41,6 @@ class ModelTokens:
         return sorted(self.engine.end_tokens | set(newline))
 
     @cached_property
-    def _vocabulary(self):
+    def _vocabulary(self) -> LLTokenizer:
         engine = self.engine
         return grammar_tokenizer(engine.tokenizer, engine.vocab_size, engine.end_tokens)
