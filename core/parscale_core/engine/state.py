@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Collection, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from parscale_core.engine.detokenize import Detokenizer
-from parscale_core.engine.logprobs import told
 from parscale_core.engine.request import FinishReason, Logprob, Piece, Request
 from parscale_core.engine.stop import StopStrings
+
+if TYPE_CHECKING:  # the command line imports this package, and its --help must not wait for numpy
+    import numpy as np
 
 
 class RequestState:
@@ -52,7 +52,7 @@ class RequestState:
         self,
         token: int,
         *,
-        logits: np.ndarray | None = None,
+        logits: "np.ndarray | None" = None,
         weights: Sequence[float] | None = None,
         drafted: bool = False,
     ) -> Piece:
@@ -74,6 +74,8 @@ class RequestState:
         logprob: float | None = None
         top: tuple[Logprob, ...] = ()
         if self.request.logprobs is not None and logits is not None:
+            from parscale_core.engine.logprobs import told
+
             logprob, top = told(logits, token, self.request.logprobs)
         return Piece(
             token,
