@@ -70,6 +70,7 @@ def count(lines: list[str]) -> int:
 def look_at_genai(folder: str) -> dict:
     """A step of two sequences with a graph of genai's builder, bound as genai binds it."""
     missing_libraries()  # loads them
+    ort.set_default_logger_severity(3)  # else it warns of how it was asked for
     file = str(Path(folder) / "model.onnx")
     session = ort.InferenceSession(file, providers=[(CUDA, cuda_options(0, False)), CPU])
     binding, device = session.io_binding(), ("cuda", 0)
