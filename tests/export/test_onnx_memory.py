@@ -77,7 +77,7 @@ def test_peak_memory_hardly_grows_with_depth(tmp_path, precision):
         shutil.rmtree(output)
         shutil.rmtree(model)
         print(f"\n{precision}: {peaks[layers] / 1e6:.0f} MB for {sizes[layers] / 1e6:.0f} MB")
-    # Of each layer w8a8 keeps samples of activations, and onnxruntime what it computes with.
-    most, grows = (700e6, 0.35) if precision == "w8a8" else (2 * LARGEST + 200e6, 0.05)
+    # Of each layer w8a8 keeps samples of activations, and onnxruntime copies a part of the weights.
+    most, grows = (800e6, 0.5) if precision == "w8a8" else (2 * LARGEST + 200e6, 0.05)
     assert peaks[14] < most
     assert peaks[14] - peaks[2] < grows * (sizes[14] - sizes[2])
