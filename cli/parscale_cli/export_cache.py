@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 from parscale_core.cache_folder import cache_folder
+from parscale_core.file_hash import sha256
 
 # What an export is made of: weights, configuration, tokenizer, templates, adapters.
 PARTS = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.txt", "*.model", "adapters/*/*")
-READ = 1 << 24
 
 
 def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = False) -> Path:
@@ -67,18 +67,10 @@ def _digest(files: Iterable[Path]) -> str:
         status = file.stat()
         place = f"{file.resolve()} {status.st_size} {status.st_mtime_ns}"
         if place not in known:
-            known[place] = _of_file(file)
+            known[place] = sha256(file)
         whole.update(f"{file.parent.name}/{file.name} {known[place]}\n".encode())
     memory.parent.mkdir(parents=True, exist_ok=True)
     temporary = memory.with_name(f"{memory.name}.{hashlib.sha256(str(known).encode()).hexdigest()}")
     temporary.write_text(json.dumps(known), encoding="utf-8")
     temporary.replace(memory)
     return whole.hexdigest()
-
-
-def _of_file(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while part := stream.read(READ):
-            digest.update(part)
-    return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Write a model folder as an ONNX folder: graph, external data, configuration and tokenizer."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -17,12 +16,14 @@ from parscale_core.checkpoint.adapter import (
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.output import EXPORT, check_output, place, working_folder
 from parscale_core.checkpoint.tensors import Checkpoint
+from parscale_core.file_hash import sha256
 
 from parscale_export import targets
 from parscale_export.builder import Options, folded_heads
 from parscale_export.calibrate import calibration_tokens, observe
 from parscale_export.fused import MAX_CUDA_HEADS
 from parscale_export.graph import build
+from parscale_export.runtime.hashes import PREFIX
 from parscale_export.runtime.session import step_file
 from parscale_export.smooth import Progress, Smoothing, plan
 from parscale_export.weights import BITS, FLOATS
@@ -311,8 +312,8 @@ def _write_models(
             _share_weights(model, base)
         model.metadata_props.update(_metadata(checkpoint, options))
         for name in files:
-            hashes[name] = hashes.get(name) or _sha256(path.parent / name)
-            model.metadata_props[f"parscale.sha256.{name}"] = hashes[name]
+            hashes[name] = hashes.get(name) or sha256(path.parent / name)
+            model.metadata_props[f"parscale.{PREFIX}{name}"] = hashes[name]
         ir.save(model, file)
         # By path: the checker then leaves the weights where they are.
         onnx.checker.check_model(str(file), full_check=True)
@@ -381,11 +382,3 @@ def _metadata(checkpoint: Checkpoint, options: Options) -> dict[str, str]:
     if checkpoint.adapter is not None:
         values["adapter"] = checkpoint.adapter.folder.resolve().name
     return {f"parscale.{name}": str(value) for name, value in values.items()}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

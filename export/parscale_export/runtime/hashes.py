@@ -1,11 +1,12 @@
 """Whether an export's data files are those that were written."""
 
-import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-PREFIX = "sha256."
+from parscale_core.file_hash import sha256
+
+PREFIX = "sha256."  # in a graph's metadata, before the name of a data file
 
 
 def check_hashes(graph: Path, about: Mapping[str, str]) -> None:
@@ -22,7 +23,7 @@ def check_hashes(graph: Path, about: Mapping[str, str]) -> None:
             continue
         file = graph.parent / key.removeprefix(PREFIX)
         status = file.stat()
-        if _sha256(file.resolve(), status.st_size, status.st_mtime_ns) != expected:
+        if _hash(file.resolve(), status.st_size, status.st_mtime_ns) != expected:
             raise ValueError(
                 f"{file}: not the data that {graph.name} was written with; export it again "
                 "(check=False reads it all the same)"
@@ -30,10 +31,6 @@ def check_hashes(graph: Path, about: Mapping[str, str]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _sha256(file: Path, size: int, changed: int) -> str:
+def _hash(file: Path, size: int, changed: int) -> str:
     # Once for all graphs over the same data; another size or time is another file.
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while part := stream.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return sha256(file)
