@@ -3,7 +3,8 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,22 @@ def load_tokenizer(folder: Path) -> Any:
     """
     import transformers
 
+    with opening(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} has no fast form")
+    return tokenizer
+
+
+@contextmanager
+def opening(folder: Path) -> Iterator[None]:
+    """However a tokenizer is opened: its templates are bounded, and what is wrong is one line.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import transformers
+
     from parscale_core.checkpoint.chat_template import bound_templates
 
     bound_templates()
@@ -104,15 +121,12 @@ def load_tokenizer(folder: Path) -> Any:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} has no fast form")
+        yield
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
-    return tokenizer
 
 
 def chat_template(folder: Path) -> str | None:
