@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from parscale_cli.options.command import argument, command, option
+from parscale_cli.options.command import argument, command, option, refuse
 from parscale_cli.options.model import FILE
 from parscale_cli.options.output import folder_options, json_option
 from parscale_cli.options.types import OneOf, Whole
@@ -134,16 +134,19 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
     metavar="FILE",
     help="What the grafted prefixes are made from; by default English that comes with Python.",
 )
-def convert(source, output, quantize, text_file, q_text_file, prefix_length, as_json, **options):
+@click.pass_context
+def convert(
+    ctx, source, output, quantize, text_file, q_text_file, prefix_length, as_json, **options
+):
     """Convert a checkpoint to an MLX folder, or with --to hf back to a published one.
 
     SOURCE is a folder of safetensors or PyTorch pickles, a GGUF file, or a name on the hub.
     """
     asked = {name: options.pop(name) for name in Q_OPTIONS}
     if not quantize:
-        _need("--quantize", **asked, q_text=q_text_file)
+        refuse(ctx, "needs --quantize", *Q_OPTIONS, "q_text_file")
     if options["streams"] is None:
-        _need("--streams", prefix_length=prefix_length, text=text_file)
+        refuse(ctx, "needs --streams", "prefix_length", "text_file")
     if options["to"] == "hf" and options["with_model_file"]:
         raise click.UsageError("--mlx-lm cannot go with --to hf")
     if options["to"] == "hf" and quantize:
@@ -153,7 +156,7 @@ def convert(source, output, quantize, text_file, q_text_file, prefix_length, as_
     result = run(
         source,
         output,
-        quantization=_quantization(asked, q_text_file) if quantize else None,
+        quantization=_quantization(ctx, asked) if quantize else None,
         q_text=_read_text(q_text_file),
         prefix_length=prefix_length or 48,
         text=_read_text(text_file),
@@ -166,13 +169,11 @@ def convert(source, output, quantize, text_file, q_text_file, prefix_length, as_
         _print(result, options["dry_run"])
 
 
-def _quantization(asked: dict, text_file: Path | None):
+def _quantization(ctx: click.Context, asked: dict):
     from parscale_mlx.quantize import LEARNT, Quantization, check_quantization
 
-    learning = {"--q-text": text_file, "--q-windows": asked["q_windows"]}
-    for name, value in learning.items():
-        if value is not None and asked["q_recipe"] not in LEARNT:
-            raise click.UsageError(f"{name} needs --q-recipe {' or '.join(LEARNT)}")
+    if asked["q_recipe"] not in LEARNT:
+        refuse(ctx, f"needs --q-recipe {' or '.join(LEARNT)}", "q_text_file", "q_windows")
     given = {name: value for name, value in asked.items() if value is not None}
     fields = {Q_OPTIONS[name]: value for name, value in given.items()}
     quantization = Quantization(**fields)
@@ -183,12 +184,6 @@ def _quantization(asked: dict, text_file: Path | None):
         name = f"--{field.replace('_', '-')} {given.get(field, 'affine')}"
         raise click.UsageError(f"{name}: {error}") from error
     return quantization
-
-
-def _need(option: str, **given) -> None:
-    for name, value in given.items():
-        if value is not None:
-            raise click.UsageError(f"--{name.replace('_', '-')} needs {option}")
 
 
 def _read_text(file: Path | None) -> str | None:
