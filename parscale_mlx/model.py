@@ -221,9 +221,7 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
-        self.parallel: Any = (
-            None  # parscale_mlx.parallel.shard.Parallel, if other processes take part
-        )
+        self.parallel: Any = None  # a parallel.shard.Parallel, if other processes take part
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 

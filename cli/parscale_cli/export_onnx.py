@@ -124,7 +124,6 @@ def export_onnx(ctx, model, output, force, as_json, **options):
     from parscale_export.runtime.session import find_graphs
     from tqdm import tqdm
 
-    # None: shown where standard error is a terminal.
     with tqdm(disable=hidden(), leave=False) as bar:
 
         def progress(what: str, done: int, total: int) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.engine.mlx_lm_parts import trim_prompt_cache
+from parscale_mlx.engine.work import Work
 from parscale_mlx.model import Model
 
 import mlx.core as mx
 
-PREFILL = 2048
 STEP = 256  # tokens whose logits, [STEP, vocabulary] in float32, are held at a time
 
 
@@ -22,8 +22,8 @@ def score(
     for context, continuation in pairs:
         if last != list(context):
             last, caches = list(context), model.make_cache()
-            for begin in range(0, len(last) - 1, PREFILL):
-                model(mx.array([last[begin : begin + PREFILL][: len(last) - 1 - begin]]), caches)
+            for begin in range(0, len(last) - 1, Work.prefill_step):
+                model(mx.array([last[:-1][begin : begin + Work.prefill_step]]), caches)
                 mx.eval([cache.state for cache in caches])
         ids = mx.array([[last[-1], *continuation]])
         total, is_likeliest = 0.0, True

@@ -226,7 +226,10 @@ def _report_valid(evaluate: Callable, step: int, callback: TrainingCallback) -> 
 
 def _check_finite(run: Run) -> None:
     # The last update may have overflowed, which the loss would only show at the next step.
-    trained = (run.start.model.trainable_parameters(), run.start.weights())
+    start = run.start
+    trained = [start.model.trainable_parameters()]
+    if start.encoder is not None:
+        trained.append(start.encoder.trainable_parameters())
     weights = dict(tree_flatten(trained)).values()
     if not all(mx.all(mx.isfinite(a)).item() for a in weights):
         raise RuntimeError(

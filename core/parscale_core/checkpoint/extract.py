@@ -143,7 +143,7 @@ def _check_settings(whole: Checkpoint, plain: Checkpoint) -> None:
                 f"{plain.folder}: {name} is {getattr(theirs, name)}, where {whole.folder} has "
                 f"{getattr(ours, name)}"
             )
-    if str(ours.rope.rotation()) != str(theirs.rope.rotation()):
+    if not ours.rope.rotation().is_same(theirs.rope.rotation()):
         raise ValueError(
             f"{plain.folder}: its rotary embedding ({theirs.rope.kind}, rope_theta "
             f"{theirs.rope.theta:g}) is not that of {whole.folder} ({ours.rope.kind}, "

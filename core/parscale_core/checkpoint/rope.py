@@ -5,7 +5,7 @@ compute otherwise than a table can is refused.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ class Rotation:
     scale: float = 1.0
     long_frequencies: np.ndarray | None = None
     original: int = 0
+
+    def is_same(self, other: "Rotation") -> bool:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
 
 
 @dataclass(frozen=True)

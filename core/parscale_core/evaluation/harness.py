@@ -19,6 +19,7 @@ from tqdm import tqdm
 from parscale_core.checkpoint.tokenizer import check_tokens
 from parscale_core.engine import Engine, Request, Sampling
 from parscale_core.finite import not_finite
+from parscale_core.progress import hidden
 
 ANSWER_TOKENS = 256  # where a task does not say, as in the harness
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -142,7 +143,7 @@ class ModelInHarness(TemplateLM):
         return [next(scores) if pair[1] else (0.0, True) for pair in self._bar(pairs, "scores")]
 
     def _bar(self, values: Sequence[Any], unit: str) -> Iterable[Any]:
-        return tqdm(values, f"P={self._streams}", unit=f" {unit}", disable=None, leave=False)
+        return tqdm(values, f"P={self._streams}", unit=f" {unit}", disable=hidden(), leave=False)
 
 
 def _check_scores(scores: Iterable[float]) -> None:
