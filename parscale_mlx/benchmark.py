@@ -16,6 +16,7 @@ from mlx_lm.models import granite, llama, qwen2, qwen3, smollm3
 from mlx_lm.models.cache import make_prompt_cache
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.names import is_stream_tensor
+from parscale_core.error_text import one_line
 
 PREFIX, SMOOTH = 48, 0.01
 SMOLLM2 = {
@@ -115,7 +116,7 @@ def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
     except ValueError as error:
         raise ValueError(
             f"mlx-lm's own class of {args.family} has other tensors than this model, so there is "
-            f"nothing to measure beside it: {str(error).splitlines()[0]}"
+            f"nothing to measure beside it: {one_line(error)}"
         ) from error
     return twin
 

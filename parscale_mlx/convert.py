@@ -34,7 +34,7 @@ from parscale_core.checkpoint.packaged import SMOLLM2
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.checkpoint.tokenizer import check_tokens, copy_files
 from parscale_core.checkpoint.weight_files import find_safetensors
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite, one_line
 from parscale_core.progress import progress_bar
 from safetensors.numpy import save_file
 
@@ -261,7 +261,7 @@ def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict]:
     try:
         model.load_weights(list(weights.items()))
     except ValueError as error:
-        raise ValueError(f"{source.path}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{source.path}: {one_line(error)}") from error
     return model, config.raw
 
 

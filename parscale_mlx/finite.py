@@ -7,7 +7,7 @@ from typing import Any
 from parscale_mlx.model import Model
 
 import mlx.core as mx
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite
 
 
 def check_weights(files: Iterable[Path], dtype: mx.Dtype | None = None) -> None:

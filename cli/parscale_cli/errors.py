@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import click
+from parscale_core.error_text import one_line
 
 DEBUG = "PARSCALE_DEBUG"
 # What the packages raise of bad input, with a message for people. Other classes are named.
@@ -30,19 +31,21 @@ def one_line_errors(parameters: Sequence[click.Parameter] = ()) -> Iterator[None
     except Exception as error:
         if os.environ.get(DEBUG) or getattr(error, "errno", None) == errno.EPIPE:
             raise
-        raise click.ClickException(one_line(error, parameters)) from error
+        raise click.ClickException(explain(error, parameters)) from error
 
 
-def one_line(error: Exception, parameters: Sequence[click.Parameter] = ()) -> str:
+def explain(error: Exception, parameters: Sequence[click.Parameter] = ()) -> str:
     """What a person reads of an error: the file and the cause, with options as they are typed."""
-    text = " ".join(str(error).split())
+    text = one_line(error, most=None)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror.lower()}"
     elif isinstance(error, MemoryError):
-        text = f"not enough memory{f' ({text})' if text else ''}"
+        text = f"not enough memory{f' ({text})' if str(error) else ''}"
     elif isinstance(error, UnicodeError) and type(error) is not UnicodeError:
         text = f"not text in UTF-8 ({text})"
-    elif not isinstance(error, SAID) or not text:
+    elif not str(error).strip():
+        text = f"{type(error).__name__} ({DEBUG}=1 shows where)"
+    elif not isinstance(error, SAID):
         text = f"{type(error).__name__}: {text} ({DEBUG}=1 shows where)"
     return with_dashes(text, parameters)
 

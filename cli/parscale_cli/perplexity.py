@@ -8,7 +8,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import click
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite
 
 from parscale_cli.engines import choose_runtime, find_export
 from parscale_cli.options.command import argument, command, option

@@ -1,5 +1,6 @@
 """``parscale scaling-law``: fit the parallel scaling law, and ask it what streams are worth."""
 
+import importlib.util
 import json
 
 import click
@@ -8,7 +9,7 @@ from parscale_core.analysis.numbers import count
 from parscale_cli.options.command import argument, command, option, refuse
 from parscale_cli.options.model import FILE
 from parscale_cli.options.output import force_option, json_option
-from parscale_cli.options.plot import check_plot, plot_option, require
+from parscale_cli.options.plot import check_plot, plot_option
 from parscale_cli.options.types import ParameterCount, Real, Whole, WholeNumbers
 
 NAMES = ("E", "A", "alpha", "k")
@@ -69,8 +70,9 @@ def scaling_law(ctx, table, parameters, streams, bootstrap, confidence, seed, pl
     """
     if parameters is None:
         refuse(ctx, "needs --parameters", "streams")
-    require("scipy", "scaling-law")
-    require("threadpoolctl", "scaling-law")
+    for package in ("scipy", "threadpoolctl"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f"scaling-law needs {package}: pip install 'parscale[analysis]'")
     check_plot(plot, force=force)
     from parscale_core.analysis import fit
     from parscale_core.analysis.loss_table import PAPER_LOSSES, read_losses

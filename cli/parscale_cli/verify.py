@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import click
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite
 
 from parscale_cli.options.command import argument, command, option
 from parscale_cli.options.model import FOLDER

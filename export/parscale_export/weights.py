@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from parscale_core.checkpoint.tensors import Checkpoint
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite
 
 from parscale_export.quantize import Blocks, pack, quantize
 from parscale_export.smooth import Smoothing

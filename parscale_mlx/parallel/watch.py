@@ -19,6 +19,7 @@ from pathlib import Path
 from parscale_mlx.parallel.ranks import all_sum, gather_bytes
 
 import mlx.core as mx
+from parscale_core.error_text import one_line
 
 CONNECT = 10.0  # seconds to wait for the connections of all ranks
 GRACE = 1.0  # seconds for this rank to fail by itself, when another one says why it failed
@@ -57,7 +58,7 @@ def watched(group: mx.distributed.Group, timeout: float = TIMEOUT) -> Iterator[N
         if isinstance(error, RuntimeError):
             # A peer's death reaches the collective operation and the watch in either order.
             time.sleep(SETTLE)
-        watch.leave(" ".join(str(error).split()) or type(error).__name__)
+        watch.leave(one_line(error, most=None))
         if watch.rank > 0 and isinstance(error, Exception):
             raise SystemExit(1) from error
         raise

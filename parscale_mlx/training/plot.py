@@ -4,31 +4,23 @@ from pathlib import Path
 
 from parscale_mlx.training.metrics import read_metrics
 
-from parscale_core.checkpoint.output import check_file
-
-FORMATS = (".png", ".svg")
+from parscale_core.analysis.figures import check_figure, save
 
 
 def plot(runs: list[Path], output: Path, *, force: bool = False) -> None:
     """Draw the training and held-out losses of runs over the tokens they learnt from.
 
     Args:
-        output: the file to write, .png or .svg.
+        output: the file to write, in the format that its ending names.
         force: replace ``output``.
 
     Raises:
-        FileExistsError: ``output`` exists.
-        FileNotFoundError, ValueError: a run has no metrics, or the format is another.
-        ImportError: matplotlib is not installed.
+        FileNotFoundError, ValueError: a run has no metrics.
+        OSError, ValueError, ImportError: as ``check_figure``.
     """
-    if output.suffix not in FORMATS:
-        raise ValueError(f"{output}: not a {' or '.join(FORMATS)} file")
-    check_file(output, force=force)
-    try:
-        from matplotlib.figure import Figure
-        from parscale_core.analysis.figures import save
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'parscale[plot]'") from error
+    check_figure(output, force=force)
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for run in runs:

@@ -175,5 +175,5 @@ def test_plot(parscale, whole, tmp_path):
     result = parscale("plot", whole, "-o", tmp_path / "loss.svg")
     assert (result.exit_code, result.stdout) == (0, f"Wrote {tmp_path / 'loss.svg'}\n")
     result = parscale("plot", whole, "-o", tmp_path / "loss.txt")
-    assert result.exit_code == 2 and ".png or .svg" in error_line(result)
+    assert result.exit_code == 2 and ".png, .svg, .pdf" in error_line(result)
     assert "exists already" in error_line(parscale("plot", whole, "-o", tmp_path / "loss.svg"))

@@ -731,8 +731,8 @@ def test_plots(settings, tmp_path):
     assert "<svg" in drawn
     with pytest.raises(FileExistsError, match="exists already"):
         plot([run], tmp_path / "loss.svg")
-    with pytest.raises(ValueError, match=r"not a \.png or \.svg file"):
-        plot([run], tmp_path / "loss.pdf")
+    with pytest.raises(ValueError, match=r"must end in \.png, \.svg, \.pdf"):
+        plot([run], tmp_path / "loss.txt")
     (other / "metrics.jsonl").write_text("{}\n{}\n")
     with pytest.raises(ValueError, match=r"line 1: not a report"):
         plot([other], tmp_path / "o.png")

@@ -18,6 +18,8 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from parscale_core.error_text import one_line
+
 SIZE = 1 << 22  # characters and list entries in a value
 SECONDS = 5
 COUNT = 10**6  # the largest number that a method or filter takes, as for a width
@@ -60,8 +62,7 @@ def _bounds() -> Iterator[None]:
     except RecursionError as error:
         raise ValueError("the chat template nests too deeply") from error
     except Exception as error:  # a template can raise anything that Python can
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"the chat template cannot be rendered: {reason}") from error
+        raise ValueError(f"the chat template cannot be rendered: {one_line(error)}") from error
     finally:
         _deadline.reset(token)
 

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from parscale_core.checkpoint.tokenizer import TOKENIZER_FILES
 from parscale_core.checkpoint.weight_files import PICKLE, SAFETENSORS, read_index
+from parscale_core.error_text import one_line
 
 BESIDE = (
     "config.json", "generation_config.json", "README.md",
@@ -35,7 +36,7 @@ def download(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, **_what(name, revision)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = one_line(error)
         if isinstance(error, LocalEntryNotFoundError):
             reason = "which cannot be reached, nor is it in the cache"
         raise FileNotFoundError(
@@ -110,9 +111,8 @@ def check_data_set(name: str) -> None:
     except OfflineModeIsEnabled:  # it may be in the cache
         return
     except Exception as error:  # whatever the HTTP client of this version of the hub's raises
-        reason = " ".join(str(error).split())[:120]
         raise FileNotFoundError(
-            f"{name}: neither a file or folder here nor a data set on the hub ({reason})"
+            f"{name}: neither a file or folder here nor a data set on the hub ({one_line(error)})"
         ) from error
 
 
@@ -130,8 +130,9 @@ def check_login(repo: str) -> None:
     try:
         HfApi().whoami()
     except FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"cannot upload to {repo}: log in with 'hf auth login' ({reason})") from error
+        raise OSError(
+            f"cannot upload to {repo}: log in with 'hf auth login' ({one_line(error)})"
+        ) from error
 
 
 def upload(folder: Path, repo: str) -> str:
@@ -147,6 +148,7 @@ def upload(folder: Path, repo: str) -> str:
             repo_id=repo, folder_path=folder, commit_message="Convert to MLX with parscale"
         )
     except FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{folder} is converted, but not uploaded to {repo}: {reason}") from error
+        raise OSError(
+            f"{folder} is converted, but not uploaded to {repo}: {one_line(error)}"
+        ) from error
     return str(url)

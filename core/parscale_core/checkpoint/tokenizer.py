@@ -10,6 +10,7 @@ from typing import Any
 
 from parscale_core.checkpoint.config import read_json
 from parscale_core.checkpoint.links import check_link
+from parscale_core.error_text import one_line
 
 TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -123,8 +124,7 @@ def opening(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers and tokenizers raise bare Exceptions for bad files
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{folder}: the tokenizer cannot be read: {reason}") from error
+        raise ValueError(f"{folder}: the tokenizer cannot be read: {one_line(error)}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 

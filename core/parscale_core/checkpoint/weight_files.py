@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from parscale_core.checkpoint.config import read_json
 from parscale_core.checkpoint.links import check_link
+from parscale_core.error_text import one_line
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 
@@ -133,8 +134,7 @@ def read_header(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file}: not a whole safetensors file: {reason}") from error
+        raise ValueError(f"{file}: not a whole safetensors file: {one_line(error)}") from error
     header.pop("__metadata__", None)
     entries = {}
     for name, entry in header.items():

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
+from parscale_core.error_text import one_line
+
 NO_TOKEN = "grammar: this model has no token for what must come next"
 # One line, as json.dumps writes it: free white space lets a model write blanks for ever.
 _JSON_LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -36,7 +38,7 @@ def from_json_schema(schema: Mapping[str, Any] | bool | str) -> str:
     try:
         grammar = LLMatcher.grammar_from_json_schema(dict(parsed), overrides=_JSON_LAYOUT)
     except ValueError as error:
-        raise ValueError(f"JSON schema: {_one_line(error)}") from error
+        raise ValueError(f"JSON schema: {one_line(error)}") from error
     return checked(grammar, "JSON schema")
 
 
@@ -77,7 +79,7 @@ def checked(grammar: str, what: str = "grammar") -> str:
     """
     is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if is_error:
-        raise ValueError(f"{what}: {_one_line(messages[0])}")
+        raise ValueError(f"{what}: {one_line(messages[0])}")
     return grammar
 
 
@@ -100,7 +102,7 @@ def grammar_tokenizer(tokenizer: Any, vocab_size: int, end_tokens: Collection[in
     try:
         return LLTokenizer(json.dumps(text), n_vocab=size, eos_token=sorted(end_tokens))
     except ValueError as error:
-        raise ValueError(f"grammar: this tokenizer cannot be used: {_one_line(error)}") from error
+        raise ValueError(f"grammar: this tokenizer cannot be used: {one_line(error)}") from error
 
 
 class GrammarMatcher:
@@ -150,10 +152,6 @@ class GrammarMatcher:
 
     def _check(self) -> None:
         if self.matcher.is_error():
-            error = self.matcher.get_error()
+            error, _, _ = self.matcher.get_error().partition("<state>")
             is_stuck = error.startswith("NoExtension")
-            raise ValueError(NO_TOKEN if is_stuck else f"grammar: {_one_line(error)}")
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).partition("<state>")[0].split())[:300]
+            raise ValueError(NO_TOKEN if is_stuck else f"grammar: {one_line(error)}")

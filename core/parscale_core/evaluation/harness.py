@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from parscale_core.checkpoint.tokenizer import check_tokens
 from parscale_core.engine import Engine, Request, Sampling
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite
 from parscale_core.progress import hidden
 
 ANSWER_TOKENS = 256  # where a task does not say, as in the harness

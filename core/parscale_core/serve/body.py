@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from parscale_core.error_text import one_line
 from parscale_core.serve.errors import HUNG_UP, RequestFailed
 
 Schema = TypeVar("Schema", bound=BaseModel)
@@ -58,7 +59,7 @@ def parse(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        message = f"Invalid JSON in request body: {str(error)[:200]}"
+        message = f"Invalid JSON in request body: {one_line(error)}"
         raise RequestFailed(400, message) from error
     if not isinstance(body, dict):
         raise RequestFailed(400, "the request body must be a JSON object")
@@ -85,7 +86,7 @@ def _explained(error: ValidationError, fields: dict[str, Any]) -> RequestFailed:
     )
     path = _path(worst["loc"], fields)
     name = ".".join(map(str, path))
-    message = " ".join(worst["msg"].split())
+    message = one_line(worst["msg"])
     message = message.removeprefix("Value error, ").removeprefix("Input ")
     if worst["type"] == "extra_forbidden":
         message = "is not a field that is known here"

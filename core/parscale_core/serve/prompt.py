@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from parscale_core.error_text import one_line
 from parscale_core.serve.errors import RequestFailed
 
 # For models without a chat template, as mlx-lm's server has it.
@@ -120,5 +121,4 @@ def _without_template(messages: Sequence[dict[str, Any]], roles: dict[str, str])
 
 
 def _failed(error: Exception) -> RequestFailed:
-    reason = " ".join(str(error).split())[:300]
-    return RequestFailed(400, f"the prompt cannot be made into tokens: {reason}")
+    return RequestFailed(400, f"the prompt cannot be made into tokens: {one_line(error)}")

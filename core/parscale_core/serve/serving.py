@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from parscale_core.engine import Engine
+from parscale_core.error_text import one_line
 from parscale_core.serve.errors import RequestFailed
 from parscale_core.serve.metrics import Metrics
 from parscale_core.serve.names import ModelNames
@@ -52,7 +53,7 @@ class Serving:
     def fail(self, error: Exception) -> None:
         """The engine has failed: stop."""
         if self.failure is None and not self.stopping:
-            LOG.error("generation has failed: %s", " ".join(str(error).split()))
+            LOG.error("generation has failed: %s", one_line(error, most=None))
             self.failure = error
         self.stopping = True
 

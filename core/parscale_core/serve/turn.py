@@ -8,6 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from parscale_core.engine import Piece
+from parscale_core.error_text import one_line
 from parscale_core.serve.ask import Ask, requests_of
 from parscale_core.serve.errors import HUNG_UP, RequestFailed
 from parscale_core.serve.metrics import AnswerWatch
@@ -154,7 +155,7 @@ class Turn:
     def _failure(self, error: Exception) -> RequestFailed:
         if isinstance(error, RequestFailed):
             return error
-        message = " ".join(str(error).split())[:500]
+        message = one_line(error, most=500)
         if isinstance(error, ValueError):
             return RequestFailed(400, message)
         if isinstance(error, ArithmeticError):

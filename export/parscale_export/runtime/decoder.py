@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from parscale_core.error_text import one_line
 
 from parscale_export.runtime.blocks import Stored
 from parscale_export.runtime.prefill import Growing, compute_together
@@ -202,4 +203,4 @@ class Decoder:
 
 def _prompt_failed(error: Exception) -> RuntimeError:
     # The running rows' entries are elsewhere, so that they go on.
-    return RuntimeError(f"the prompt cannot be computed: {' '.join(str(error).split())[:300]}")
+    return RuntimeError(f"the prompt cannot be computed: {one_line(error)}")

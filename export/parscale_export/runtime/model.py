@@ -10,7 +10,7 @@ import onnx
 import onnxruntime as ort
 from parscale_core.engine import Sampling
 from parscale_core.engine.check import check_sampling
-from parscale_core.finite import not_finite
+from parscale_core.error_text import not_finite
 
 from parscale_export.runtime.blocks import Block
 from parscale_export.runtime.copies import Buffers, RowCopier

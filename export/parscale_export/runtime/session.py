@@ -11,6 +11,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo
 from packaging.version import Version
+from parscale_core.error_text import one_line
 
 from parscale_export.runtime.provider import (
     CPU,
@@ -300,8 +301,7 @@ def open_session(
             enable_fallback=0,
         )
     except Exception as error:  # onnxruntime's exceptions have no common class of their own
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file}: {name} cannot run this graph: {reason}") from error
+        raise ValueError(f"{file}: {name} cannot run this graph: {one_line(error)}") from error
     if session.get_providers()[0] != name:
         raise ValueError(f"{name} was asked for but did not start here; use `provider=cpu`")
     return session
