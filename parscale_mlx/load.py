@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parscale_mlx.adapter import load_adapter, with_streams
+from parscale_mlx.arrays import quantize_layers, read_weights
 from parscale_mlx.finite import check_logits
 from parscale_mlx.model import Model
 from parscale_mlx.parallel.ranks import check_same, join
 from parscale_mlx.parallel.reading import read_own_rows
 from parscale_mlx.parallel.shard import plan, shard_model
 from parscale_mlx.tokenizer import load_tokenizer
-from parscale_mlx.weights import quantize_layers, read_weights
 
 import mlx.core as mx
 from mlx_lm import utils as mlx_lm_utils

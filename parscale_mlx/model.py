@@ -15,7 +15,7 @@ from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 from parscale_core.checkpoint.config import ModelConfig
-from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns, held_name
+from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, internal_columns, internal_name
 
 
 class Rotary(nn.Module):
@@ -287,14 +287,14 @@ class Model(nn.Module):
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Published tensor names and layouts to this model's; its own pass unchanged."""
-        held = {}
+        internal = {}
         for name, value in weights.items():
             if name == PUBLISHED_COLUMNS:
-                value = held_columns(value, self.args.streams)
-            held[held_name(name)] = value
+                value = internal_columns(value, self.args.streams)
+            internal[internal_name(name)] = value
         if self.args.tie_word_embeddings:
-            held.pop("lm_head.weight", None)
-        return {k: v for k, v in held.items() if not k.endswith("rotary_emb.inv_freq")}
+            internal.pop("lm_head.weight", None)
+        return {k: v for k, v in internal.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
 def rotate(rope, x: mx.array, position: int) -> mx.array:

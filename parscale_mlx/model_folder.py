@@ -9,7 +9,7 @@ from parscale_mlx.model import Model
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import dequantize_model, get_total_parameters, make_shards, save_config
-from parscale_core.checkpoint.names import HELD_COLUMNS, published_columns, published_name
+from parscale_core.checkpoint.names import INTERNAL_COLUMNS, published_columns, published_name
 from parscale_core.progress import progress_bar
 
 SHARD_GB = 2
@@ -73,7 +73,7 @@ def published_weights(model: Model) -> dict[str, mx.array]:
     """A model's weights as they are published: what ``Model.sanitize`` takes back."""
     published = {}
     for name, value in dict(tree_flatten(model.parameters())).items():
-        if name == HELD_COLUMNS:
+        if name == INTERNAL_COLUMNS:
             value = published_columns(value, model.args.streams)
         published[published_name(name)] = value
     return published

@@ -16,7 +16,7 @@ from parscale_cli.options.plot import check_plot
 def plot(runs, output, force):
     """Draw the losses of training runs, their folders, into one picture."""
     check_plot(output, force=force, option="--output")
-    from parscale_mlx.training.plot import plot as run
+    from parscale_mlx.training.loss_plot import plot as run
 
     run(list(runs), output, force=force)
     click.echo(f"Wrote {output}")

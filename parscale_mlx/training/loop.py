@@ -16,9 +16,8 @@ from parscale_mlx.training.checkpoints import (
     write_result,
 )
 from parscale_mlx.training.data import Data, read_data
-from parscale_mlx.training.metrics import Metrics, make_reporters
+from parscale_mlx.training.metrics_file import Metrics, make_reporters
 from parscale_mlx.training.optimizer import make_optimizer
-from parscale_mlx.training.progress import Progress
 from parscale_mlx.training.start import Start, make_start, start_folder
 from parscale_mlx.training.step import (
     grad_checkpointing,
@@ -26,6 +25,7 @@ from parscale_mlx.training.step import (
     make_step,
     micro_batches,
 )
+from parscale_mlx.training.terminal import Progress
 
 import mlx.core as mx
 import mlx.optimizers as optim

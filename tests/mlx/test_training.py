@@ -11,7 +11,7 @@ from parscale_mlx.quantize import Quantization
 from parscale_mlx.training import TrainSettings, resume, train
 from parscale_mlx.training.batches import batch_indices, pack
 from parscale_mlx.training.documents import Document
-from parscale_mlx.training.metrics import Metrics, read_metrics
+from parscale_mlx.training.metrics_file import Metrics, read_metrics
 from parscale_mlx.training.step import summed_loss
 
 import mlx.core as mx
@@ -719,7 +719,7 @@ def test_a_run_does_not_replace_another_unasked(settings, tmp_path, base):
 
 def test_plots(settings, tmp_path):
     pytest.importorskip("matplotlib")
-    from parscale_mlx.training.plot import plot
+    from parscale_mlx.training.loss_plot import plot
 
     run = tmp_path / "run"
     train(settings())

@@ -1,28 +1,28 @@
-"""Tensor names: as published, and as models hold them; and which of them belong to streams.
+"""Tensor names, published and internal (as models have them); and which belong to streams.
 
 The two differ in the aggregator alone. Published, ``model.aggregate_layer.0`` and ``.2``, the first
-with columns that run (hidden, stream), the stream fastest; held, ``model.aggregator.fc1`` and
+with columns that run (hidden, stream), the stream fastest; internal, ``model.aggregator.fc1`` and
 ``fc2``, with columns that run (stream, hidden), as a concatenation of hidden states does.
 """
 
 import re
 from typing import Any
 
-_HELD = {
+_INTERNAL = {
     "model.aggregate_layer.0.": "model.aggregator.fc1.",
     "model.aggregate_layer.2.": "model.aggregator.fc2.",
 }
-_PUBLISHED = {held: published for published, held in _HELD.items()}
+_PUBLISHED = {internal: published for published, internal in _INTERNAL.items()}
 PUBLISHED_COLUMNS = "model.aggregate_layer.0.weight"
-HELD_COLUMNS = "model.aggregator.fc1.weight"
+INTERNAL_COLUMNS = "model.aggregator.fc1.weight"
 STREAM_TENSOR = re.compile(
     r"model\.(layers\.\d+\.self_attn\.prefix_[kv]|aggregator\.fc[12]\.(weight|bias))"
 )
 
 
-def held_name(name: str) -> str:
+def internal_name(name: str) -> str:
     """The name in memory of a tensor in a file."""
-    return _renamed(name, _HELD)
+    return _renamed(name, _INTERNAL)
 
 
 def published_name(name: str) -> str:
@@ -30,7 +30,7 @@ def published_name(name: str) -> str:
     return _renamed(name, _PUBLISHED)
 
 
-def held_columns(value: Any, streams: int) -> Any:
+def internal_columns(value: Any, streams: int) -> Any:
     """The aggregator's first weight [d, d * P] with its columns in memory's order.
 
     Args:
@@ -41,7 +41,7 @@ def held_columns(value: Any, streams: int) -> Any:
 
 
 def published_columns(value: Any, streams: int) -> Any:
-    """The reverse of ``held_columns``."""
+    """The reverse of ``internal_columns``."""
     rows = value.shape[0]
     return value.reshape(rows, streams, -1).swapaxes(1, 2).reshape(rows, -1)
 

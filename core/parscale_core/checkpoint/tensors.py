@@ -21,8 +21,8 @@ from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.names import (
     PUBLISHED_COLUMNS,
     STREAM_TENSOR,
-    held_columns,
-    held_name,
+    internal_columns,
+    internal_name,
     is_prefix,
 )
 from parscale_core.checkpoint.packed_codes import Packing, read_packing
@@ -184,7 +184,7 @@ class Checkpoint:
         if value.dtype == np.float64:  # more than any engine computes in
             value = value.astype(np.float32)
         if stored.name == PUBLISHED_COLUMNS:
-            return held_columns(value, self.config.streams)
+            return internal_columns(value, self.config.streams)
         return value
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -263,7 +263,7 @@ class Checkpoint:
                 raise ValueError(f"{stored.file}: {name} is no part of a stream adapter")
 
     def _add(self, stored: Stored) -> None:
-        self.stored[held_name(stored.name)] = stored
+        self.stored[internal_name(stored.name)] = stored
 
     def _check(self) -> None:
         self._settle_tie()

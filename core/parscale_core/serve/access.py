@@ -9,7 +9,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from parscale_core.serve.answer_json import AnswerJson
-from parscale_core.serve.errors import HUNG_UP, RequestFailed
+from parscale_core.serve.api_errors import HUNG_UP, RequestFailed
 from parscale_core.serve.exchange import APIS
 
 LOG = logging.getLogger("parscale.serve")

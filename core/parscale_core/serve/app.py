@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from parscale_core.serve.answer_json import AnswerJson
-from parscale_core.serve.errors import RequestFailed
+from parscale_core.serve.api_errors import RequestFailed
 from parscale_core.serve.exchange import APIS, Exchange
 from parscale_core.serve.metrics import CONTENT_TYPE
 from parscale_core.serve.serving import Serving

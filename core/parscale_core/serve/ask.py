@@ -6,7 +6,7 @@ from typing import Any
 
 from parscale_core.engine import Request, Sampling
 from parscale_core.engine.grammar import from_json_schema
-from parscale_core.serve.errors import RequestFailed
+from parscale_core.serve.api_errors import RequestFailed
 from parscale_core.serve.fields import Generation
 
 MOST_ANSWERS = 128

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from parscale_core.error_text import one_line
-from parscale_core.serve.errors import HUNG_UP, RequestFailed
+from parscale_core.serve.api_errors import HUNG_UP, RequestFailed
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from parscale_core.serve import body, chat, completions, events, messages, responses
 from parscale_core.serve.answer_json import AnswerJson
+from parscale_core.serve.api_errors import HUNG_UP, RequestFailed
 from parscale_core.serve.ask import Ask
-from parscale_core.serve.errors import HUNG_UP, RequestFailed
 from parscale_core.serve.turn import Turn
 
 KEEPALIVE = 5.0  # seconds without an event until a comment says that there will be one

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from parscale_core.serve import events, prompt
+from parscale_core.serve.api_errors import RequestFailed
 from parscale_core.serve.ask import Ask
-from parscale_core.serve.errors import RequestFailed
 from parscale_core.serve.fields import Fields, Generation, Open
 from parscale_core.serve.tools import Call
 from parscale_core.serve.turn import Part, Turn

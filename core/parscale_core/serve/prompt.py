@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from parscale_core.error_text import one_line
-from parscale_core.serve.errors import RequestFailed
+from parscale_core.serve.api_errors import RequestFailed
 
 # For models without a chat template, as mlx-lm's server has it.
 ROLES = {

@@ -9,9 +9,9 @@ from typing import Any
 
 from parscale_core.engine import Engine
 from parscale_core.error_text import one_line
-from parscale_core.serve.errors import RequestFailed
+from parscale_core.serve.api_errors import RequestFailed
 from parscale_core.serve.metrics import Metrics
-from parscale_core.serve.names import ModelNames
+from parscale_core.serve.model_names import ModelNames
 from parscale_core.serve.settings import Settings
 from parscale_core.serve.vocabulary import Vocabulary
 

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 from parscale_core.engine import Piece
 from parscale_core.error_text import one_line
+from parscale_core.serve.api_errors import HUNG_UP, RequestFailed
 from parscale_core.serve.ask import Ask, requests_of
-from parscale_core.serve.errors import HUNG_UP, RequestFailed
 from parscale_core.serve.metrics import AnswerWatch
 from parscale_core.serve.tools import Call, CallReader
 

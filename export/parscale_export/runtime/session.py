@@ -13,6 +13,7 @@ from onnx.external_data_helper import ExternalDataInfo
 from packaging.version import Version
 from parscale_core.error_text import one_line
 
+from parscale_export.runtime.device_weights import upload
 from parscale_export.runtime.provider import (
     CPU,
     CUDA,
@@ -21,7 +22,6 @@ from parscale_export.runtime.provider import (
     cuda_refusal,
     records_steps,
 )
-from parscale_export.runtime.weights import upload
 
 STEP = "_step"  # ends the name of a graph of single steps
 NEEDING_CUDNN = ["BiasSoftmaxFusion"]  # of onnxruntime's optimizers

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from parscale_mlx.training.metrics import read_metrics
+from parscale_mlx.training.metrics_file import read_metrics
 
 from parscale_core.analysis.figures import check_figure, save
 

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from parscale_core.checkpoint import mlx_quantized
-from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, held_columns
+from parscale_core.checkpoint.names import PUBLISHED_COLUMNS, internal_columns
 from parscale_core.checkpoint.tensors import Checkpoint
 
 
@@ -25,7 +25,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
             weights[name] = _from_numpy(checkpoint.read(name))
         elif stored.name == PUBLISHED_COLUMNS:
             value = opened[stored.file][stored.name]
-            weights[name] = held_columns(value, checkpoint.config.streams)
+            weights[name] = internal_columns(value, checkpoint.config.streams)
         else:
             weights[name] = opened[stored.file][stored.name]
     return weights

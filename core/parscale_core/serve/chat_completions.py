@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from parscale_core.serve import choices, prompt
+from parscale_core.serve.api_errors import RequestFailed
 from parscale_core.serve.ask import OBJECT, Ask, json_grammar
-from parscale_core.serve.errors import RequestFailed
 from parscale_core.serve.fields import (
     Fields,
     Generation,

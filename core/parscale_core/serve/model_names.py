@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from parscale_core.serve.errors import RequestFailed
+from parscale_core.serve.api_errors import RequestFailed
 
 # What mlx-lm's clients call the model that the server was started with, and its draft.
 DEFAULT = "default_model"
