@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from parscale_core.serve import body, chat, completions, events, messages, responses
+from parscale_core.serve import body, chat_completions, completions, events, messages, responses
 from parscale_core.serve.answer_json import AnswerJson
 from parscale_core.serve.api_errors import HUNG_UP, RequestFailed
 from parscale_core.serve.ask import Ask
@@ -36,7 +36,12 @@ class Api:
 
 
 APIS = {
-    "/v1/chat/completions": Api(chat.ChatRequest, chat.ask, chat.whole, chat.stream),
+    "/v1/chat/completions": Api(
+        chat_completions.ChatRequest,
+        chat_completions.ask,
+        chat_completions.whole,
+        chat_completions.stream,
+    ),
     "/v1/completions": Api(
         completions.CompletionRequest, completions.ask, completions.whole, completions.stream
     ),
