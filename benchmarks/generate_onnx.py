@@ -27,7 +27,6 @@ its bandwidth that decoding reads weights with: of what is read once a token, ov
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -47,9 +46,9 @@ from parscale_core.checkpoint.config import read_config, tensor_shapes
 from parscale_export import OnnxModel, export_onnx
 from parscale_export.weights import BITS
 from safetensors.numpy import save_file
+from turns import Run, take_turns
 
 PREFIX = 48
-REST = 0.2  # seconds before each turn: threads of the last side's pool still spin for a while
 GENAI = ("onnxruntime_genai", "torch", "transformers")  # what its graph is built and run with
 PYTORCH = ("torch", "transformers")
 SMOLLM2 = {
@@ -319,59 +318,28 @@ def installed(side: str, packages: tuple[str, ...]) -> bool:
     return not missing
 
 
-def serve_side(make: Callable[[], Side], connection, cpu_time: bool) -> None:
-    """What a side's process does: run each (ids, tokens) it is sent, answer with the seconds."""
+def timed(make: Callable[[], Side], cpu_time: bool) -> Run:
+    """A run that takes (ids, tokens) and returns the seconds of each step."""
     clock = time.process_time if cpu_time else time.perf_counter
     side = make()
-    connection.send(None)
-    while turn := connection.recv():
-        ids, tokens = turn
+
+    def run(asked: tuple[list[int], int]) -> list[float]:
+        ids, tokens = asked
         steps, seconds = side(ids, tokens), []
         for _ in range(tokens):
             start = clock()
             next(steps)
             seconds.append(clock() - start)
-        connection.send(seconds)
+        return seconds
+
+    return run
 
 
-def start(make: Callable[[], Side], cpu_time: bool):
-    """A side's process, once it has loaded: where to send it turns."""
-    context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe()
-    context.Process(target=serve_side, args=(make, theirs, cpu_time), daemon=True).start()
-    theirs.close()
-    connection.recv()
-    return connection
-
-
-def measure(
-    sides: dict[str, Callable[[], Side]],
-    ids: list[int],
-    tokens: int,
-    *,
-    repeats: int,
-    restarts: int,
-    cpu_time: bool,
-) -> dict:
-    """Median seconds of a prefill and of one decoded token, the sides taking turns."""
-    times: dict = {name: {"prefill": [], "decode": []} for name in sides}
-    for first in range(restarts):
-        # There and back, since it is not the same whom a side comes after.
-        names = [list(sides), list(reversed(sides))]
-        processes = {name: start(sides[name], cpu_time) for name in names[first % 2]}
-        for turn in range(repeats + 1):
-            for name in names[turn % 2]:
-                time.sleep(REST)
-                processes[name].send((ids, tokens + 1))
-                prefill, *decode = processes[name].recv()
-                if turn > 0:  # the first turn warms up
-                    times[name]["prefill"].append(prefill)
-                    times[name]["decode"] += decode
-        for process in processes.values():
-            process.send(None)
+def medians(turns: list[list[float]]) -> dict[str, float]:
+    """Seconds of a prefill and of one decoded token, from the steps of each turn."""
     return {
-        name: {phase: statistics.median(values) for phase, values in phases.items()}
-        for name, phases in times.items()
+        "prefill": statistics.median(steps[0] for steps in turns),
+        "decode": statistics.median(step for steps in turns for step in steps[1:]),
     }
 
 
@@ -434,14 +402,13 @@ def main():
             parts = args.only.split(",")
             sides = {name: side for name, side in sides.items() if any(p in name for p in parts)}
         ids = [n % 1000 for n in range(args.prompt)]
-        results = measure(
-            sides,
-            ids,
-            args.tokens,
+        measured = take_turns(
+            {name: partial(timed, side, args.cpu_time) for name, side in sides.items()},
+            (ids, args.tokens + 1),
             repeats=args.repeats,
             restarts=args.restarts,
-            cpu_time=args.cpu_time,
         )
+    results = {name: medians(turns) for name, turns in measured.items()}
     if args.json:
         print(json.dumps(results))
         return

@@ -12,19 +12,20 @@ Where other programs want the same cores, --threads 1 --cpu-time measures the pr
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from generate_onnx import REST, SMOLLM2, write_checkpoint
+from generate_onnx import SMOLLM2, write_checkpoint
 from parscale_core.engine import Request, Sampling
 from parscale_export import OnnxEngine, OnnxModel, export_onnx
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from turns import Run, take_turns
 
 
 def requests(count: int, tokens: int) -> list[Request]:
@@ -33,62 +34,36 @@ def requests(count: int, tokens: int) -> list[Request]:
     return [Request(prompt, sampling=Sampling(max_tokens=tokens)) for prompt in prompts]
 
 
-def answer(folder: Path, slots: int, threads: int | None, connection, clock) -> None:
-    """Answer all requests whenever told to; send the seconds and the tokens."""
+def answer(folder: Path, slots: int, threads: int | None, cpu_time: bool) -> Run:
+    """A run that answers all requests, and returns the seconds and the tokens."""
     vocabulary = {f"t{n}": n for n in range(SMOLLM2["vocab_size"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    clock = time.process_time if cpu_time else time.perf_counter
     # Kept caches would spare the prompts of every turn but the first.
     model = OnnxModel(folder, "cpu", threads=threads)
     engine = OnnxEngine(model, tokenizer, [], slots=slots, kept_bytes=0)
-    connection.send(None)
-    while asked := connection.recv():
+
+    def run(asked: list[Request]) -> tuple[float, list[list[int]]]:
         begin = clock()
         if slots == 1:
             answers = [[piece.token for piece in engine.submit(request)] for request in asked]
         else:
             handles = [engine.submit(request) for request in asked]
             answers = [[piece.token for piece in handle] for handle in handles]
-        connection.send((clock() - begin, answers))
+        return clock() - begin, answers
+
+    return run
 
 
-def start(folder: Path, slots: int, threads: int | None, cpu_time: bool):
-    context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe()
-    clock = time.process_time if cpu_time else time.perf_counter
-    arguments = (folder, slots, threads, theirs, clock)
-    context.Process(target=answer, args=arguments, daemon=True).start()
-    theirs.close()
-    connection.recv()
-    return connection
-
-
-def measure(
-    folder: Path,
-    slots: list[int],
-    asked: list[Request],
-    *,
-    repeats: int,
-    threads: int | None,
-    cpu_time: bool,
-) -> dict[int, float]:
-    """Tokens a second by number of slots."""
-    sides = {count: start(folder, count, threads, cpu_time) for count in slots}
-    seconds: dict[int, list[float]] = {count: [] for count in slots}
-    expected = None
-    for turn in range(repeats + 1):
-        for count, side in sides.items():
-            time.sleep(REST)
-            side.send(asked)
-            took, answers = side.recv()
-            expected = expected or answers
+def check_answers(measured: dict[str, list]) -> None:
+    """Say on stderr where the tokens are not those of the first side."""
+    expected = next(iter(measured.values()))[0][1]
+    for slots, turns in measured.items():
+        for _, answers in turns:
             if answers != expected:
                 wrong = sum(a != b for a, b in zip(answers, expected, strict=True))
-                print(f"{wrong} answers with {count} slots are not the same", file=sys.stderr)
-            if turn > 0:
-                seconds[count].append(took)
-    tokens = sum(request.sampling.max_tokens for request in asked)
-    return {count: tokens / statistics.median(values) for count, values in seconds.items()}
+                print(f"{wrong} answers with {slots} slots are not the same", file=sys.stderr)
 
 
 def main() -> None:
@@ -113,20 +88,23 @@ def main() -> None:
             checkpoint, Path(work) / "out", kv_layout=args.kv_layout, precision=args.precision
         )
         asked = requests(args.requests, args.tokens)
-        results = measure(
-            folder,
-            slots,
-            asked,
-            repeats=args.repeats,
-            threads=args.threads,
-            cpu_time=args.cpu_time,
-        )
+        sides = {
+            str(count): partial(answer, folder, count, args.threads, args.cpu_time)
+            for count in slots
+        }
+        measured = take_turns(sides, asked, repeats=args.repeats)
+    check_answers(measured)
+    tokens = args.requests * args.tokens
+    results = {
+        count: tokens / statistics.median(seconds for seconds, _ in turns)
+        for count, turns in measured.items()
+    }
     if args.json:
         print(json.dumps(results))
         return
-    first = results[slots[0]]
+    first = next(iter(results.values()))
     for count, speed in results.items():
-        print(f"{count:4} slots {speed:8.1f} tokens/s {speed / first:6.2f}x")
+        print(f"{count:>4} slots {speed:8.1f} tokens/s {speed / first:6.2f}x")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ class Plan:
         eval_tokens: held-out tokens that the runs are compared on.
     """
 
-    steps: int = 480
+    steps: int = 400
     batch_size: int = 1
     seq_length: int = 256
     streams_lr: float = 1e-2

@@ -38,8 +38,8 @@ def train_once(work: Path, plan: Plan, run: Run, *, threads: int) -> None:
             *("--data", work / "corpus" / "train", "--valid", work / "corpus" / "tune"),
             *("--steps", plan.steps, "--batch-size", plan.batch_size),
             *("--seq-length", plan.seq_length, "--streams-lr", plan.streams_lr),
-            *("--aggregator-lr", plan.aggregator_lr, "--eval-sequences", 16),
-            *("--eval-every", 120, "--save-every", 20, "--report-every", 20, "--keep", 1),
+            *("--aggregator-lr", plan.aggregator_lr, "--eval-sequences", 8),
+            *("--eval-every", 200, "--save-every", 20, "--report-every", 20, "--keep", 1),
         ]
     with (output.parent / f"{run.name}.log").open("a") as log:
         result = subprocess.run(

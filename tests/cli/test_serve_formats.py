@@ -252,6 +252,19 @@ def test_messages(claude, reference):
     assert final.stop_reason == "max_tokens" and final.usage.output_tokens == 8
 
 
+def test_messages_are_counted(claude, reference):
+    counted = claude.messages.count_tokens(model="tiny", messages=HI)
+    assert counted.input_tokens == len(reference.ids("Hi"))
+    counted = claude.messages.count_tokens(model="tiny", messages=HI, system="Be brief.")
+    answer = claude.messages.create(model="tiny", max_tokens=1, messages=HI, system="Be brief.")
+    usage = answer.usage
+    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+    with pytest.raises(anthropic.NotFoundError):
+        claude.messages.count_tokens(model="claude", messages=HI)
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        claude.messages.count_tokens(model="tiny", messages=HI, extra_body={"max_tokens": 1})
+
+
 def test_messages_stop_and_go_on(claude, reference):
     whole = reference.chat("stop", n=8)
     stop = whole[len(whole) // 2 - 3 : len(whole) // 2 + 4]

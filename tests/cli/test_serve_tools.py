@@ -16,10 +16,14 @@ TEMPLATES = {
     "coder": "<tool_call>\n<function=name>\n<parameter=key>\nvalue\n</parameter>\n</function>",
     "mistral": "[TOOL_CALLS] [{'name': call.name, 'arguments': call.arguments}]",
     "llama": '<|python_tag|>{"name": function name, "parameters": dictionary of arguments}',
+    "granite": "write <|tool_call|> followed by a JSON list of tools",
+    "phi": "<|tool_call|>[{'name': name, 'arguments': arguments}]<|/tool_call|>",
     "plain": "",
 }
 BODY = (
     "{%% if tools %%}%s{{ tools | tojson }}{%% endif %%}{%% for m in messages %%}"
+    # As Hermes' templates want it.
+    "{%% if m.role == 'tool' and not m.name %%}{{ raise_exception('no name') }}{%% endif %%}"
     "<{{ m.role }}>{{ m.content }}{%% for call in m.tool_calls or [] %%}"
     "{{ call.id | length }}{{ call.function | tojson }}{%% endfor %%}{%% endfor %%}"
 )
@@ -72,6 +76,8 @@ SAID = [
     ("llama", objects(OSLO, key="parameters")[0], "", [OSLO]),
     ("llama", "\n" + "; ".join(objects(OSLO, ROME, key="parameters")), "", [OSLO, ROME]),
     ("llama", "<|python_tag|>" + objects(ROME, key="parameters")[0], "", [ROME]),
+    ("granite", f"<|tool_call|>[{', '.join(objects(OSLO, ROME))}]", "", [OSLO, ROME]),
+    ("phi", f"<|tool_call|>[{objects(OSLO)[0]}]<|/tool_call|>", "", [OSLO]),
 ]  # fmt: skip
 # Of a family, what is no call, however much it looks like one: it stays text, all of it.
 NO_CALLS = [
@@ -90,11 +96,12 @@ NO_CALLS = [
     ("llama", '{"name": "weather", "parameters": {}} is how one asks'),
     ("llama", "Hello {"),
     ("llama", "<|python_tag|>weather.call(city='Oslo')"),
+    ("granite", "<|tool_call|>weather(city='Oslo')"),
 ]
 
 
 def tokenizer(family: str):
-    special = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>")
+    special = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>", "<|tool_call|>")
     return byte_level(*special, template=BODY % TEMPLATES[family])
 
 

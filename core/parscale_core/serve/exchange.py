@@ -27,12 +27,14 @@ class Api:
         ask: from its fields, and a tokenizer, to what the engine is asked.
         whole: the answer as a JSON object.
         stream: the same as events.
+        count: the answer where none is generated.
     """
 
     schema: type[BaseModel]
     ask: Callable[[Any, Any], Ask]
     whole: Callable[..., dict[str, Any]]
     stream: Callable[[Any, Turn], AsyncIterator[bytes]]
+    count: Callable[[Ask], dict[str, Any]] | None = None
 
 
 APIS = {
@@ -49,6 +51,9 @@ APIS = {
         responses.ResponseRequest, responses.ask, responses.whole, responses.stream
     ),
     "/v1/messages": Api(messages.MessageRequest, messages.ask, messages.whole, messages.stream),
+    "/v1/messages/count_tokens": Api(
+        messages.CountRequest, messages.ask_count, messages.whole, messages.stream, messages.count
+    ),
 }
 
 
@@ -110,6 +115,10 @@ class Exchange(Response):
         # Reading JSON, templates, tokenizers and grammars takes long for a long request.
         api = APIS[self.path]
         fields, ask, model = await asyncio.to_thread(self._read, api, raw)
+        if api.count is not None:
+            self.has_begun = True
+            await AnswerJson(api.count(ask))(scope, self.request.receive, send)
+            return
         arrived = scope.get("parscale.arrived", time.monotonic())
         self.turn = turn = Turn(self.serving, ask, model, arrived)
         self.serving.turns.add(turn)

@@ -55,21 +55,26 @@ class Thinking(Fields):
     type: Literal["disabled"]
 
 
-class MessageRequest(Fields):
-    """``POST /v1/messages``."""
+class CountRequest(Fields):
+    """``POST /v1/messages/count_tokens``."""
 
     model: str | None = None
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int
     system: str | list[TextBlock] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice = ToolChoice(type="auto")
+    thinking: Thinking | None = None
+
+
+class MessageRequest(CountRequest):
+    """``POST /v1/messages``."""
+
+    max_tokens: int
     stop_sequences: list[str] | None = None
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    tools: list[Tool] | None = None
-    tool_choice: ToolChoice = ToolChoice(type="auto")
-    thinking: Thinking | None = None
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
@@ -84,6 +89,30 @@ def ask(fields: MessageRequest, tokenizer: Any) -> Ask:
     if len(stop) > 16 or not all(stop):
         wrong = "stop_sequences may be at most 16 texts, none of them empty"
         raise RequestFailed(400, wrong, None, "stop_sequences")
+    general = Generation(
+        model=fields.model,
+        max_tokens=fields.max_tokens,
+        temperature=fields.temperature,
+        top_p=fields.top_p,
+        top_k=fields.top_k,
+        stop=stop,
+    )
+    ids, tools = _prompt(fields, tokenizer)
+    return Ask(general, [ids], tools=tools)
+
+
+def ask_count(fields: CountRequest, tokenizer: Any) -> Ask:
+    """As ``ask``, of a request to count."""
+    ids, tools = _prompt(fields, tokenizer)
+    return Ask(Generation(model=fields.model), [ids], tools=tools)
+
+
+def count(ask: Ask) -> dict[str, Any]:
+    return {"input_tokens": len(ask.prompts[0])}
+
+
+def _prompt(fields: CountRequest, tokenizer: Any) -> tuple[list[int], list[dict[str, Any]]]:
+    """A conversation's tokens, and the tools that it may call."""
     messages = (
         [{"role": "system", "content": prompt.text_of(fields.system)}] if fields.system else []
     )
@@ -95,17 +124,9 @@ def ask(fields: MessageRequest, tokenizer: Any) -> Ask:
     ]
     tools = [{"type": "function", "function": function} for function in functions]
     tools = tools if fields.tool_choice.type == "auto" else []
-    general = Generation(
-        model=fields.model,
-        max_tokens=fields.max_tokens,
-        temperature=fields.temperature,
-        top_p=fields.top_p,
-        top_k=fields.top_k,
-        stop=stop,
-    )
     goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
     ids = prompt.encode_chat(tokenizer, messages, tools=tools or None, goes_on=goes_on)
-    return Ask(general, [ids], tools=tools)
+    return ids, tools
 
 
 def whole(fields: MessageRequest, turn: Turn, answers: list[Part]) -> dict[str, Any]:

@@ -89,9 +89,11 @@ def encode_chat(
             message = f"chat_template_kwargs: {name} is not a request's to set"
             raise RequestFailed(400, message, None, "chat_template_kwargs")
 
+    conversation = _with_names(messages)
+
     def render(tools: list[dict[str, Any]] | None) -> str:
         return tokenizer.apply_chat_template(
-            list(messages),
+            conversation,
             tools=tools,
             tokenize=False,
             add_generation_prompt=not goes_on,
@@ -110,6 +112,19 @@ def encode_chat(
         raise
     except Exception as error:  # templates and the tokenizers library raise what they like
         raise _failed(error) from error
+
+
+def _with_names(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of tools with the names of the tools, which some templates want (Hermes')."""
+    calls = [call for message in messages for call in message.get("tool_calls") or []]
+    names = {call.get("id"): call["function"]["name"] for call in calls}
+
+    def named(message: dict[str, Any]) -> dict[str, Any]:
+        of = message.get("tool_call_id")
+        is_known = message["role"] == "tool" and isinstance(of, str) and of in names
+        return {"name": names[of]} | message if is_known else message
+
+    return [named(message) for message in messages]
 
 
 def _without_template(messages: Sequence[dict[str, Any]], roles: dict[str, str]) -> str:

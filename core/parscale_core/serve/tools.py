@@ -52,15 +52,18 @@ class Marks:
 
 TAGS = Marks("<tool_call>", "</tool_call>")  # Qwen, Hermes, SmolLM
 MISTRAL = Marks("[TOOL_CALLS]")
+GRANITE = Marks("<|tool_call|>")
+PHI = Marks("<|tool_call|>", "<|/tool_call|>")
 LLAMA = Marks("<|python_tag|>", is_bare=True)
 
 
 def marks_of(template: str) -> Marks:
     """What a chat template has stand around calls."""
-    if TAGS.start in template:
-        return TAGS
-    if MISTRAL.start in template:
-        return MISTRAL
+    for marks in (TAGS, MISTRAL, PHI):
+        if marks.start in template and marks.end in template:
+            return marks
+    if GRANITE.start in template:
+        return GRANITE
     return LLAMA if LLAMA.start in template or '"parameters": ' in template else TAGS
 
 
