@@ -53,12 +53,15 @@ def file_losses(model: parscale_mlx.Model, files: list[list[Document]]) -> np.nd
     return np.array(sums)
 
 
-def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, dict]:
-    """Mean loss a token and its difference to one stream's, each with its interval.
+def summarise(
+    losses: dict[str, np.ndarray], counts: np.ndarray, control: str | None = None
+) -> dict[str, dict]:
+    """Mean loss a token and its difference to another model's, each with its interval.
 
     Args:
         losses: for each model, the summed losses of each seed's run, [seeds, files].
         counts: predictions in each file.
+        control: the other model; by default one stream that was trained alike.
     """
     rng = np.random.default_rng(0)
     picks = rng.integers(0, len(counts), (RESAMPLES, len(counts)))
@@ -75,7 +78,8 @@ def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, di
 
     results = {}
     for name, values in losses.items():
-        one_stream = losses.get(name.partition(",")[0] + ", P=1", losses["backbone"])
+        alike = losses.get(name.partition(",")[0] + ", P=1", losses["backbone"])
+        one_stream = alike if control is None else losses[control]
         seeds = values.sum(axis=1) / counts.sum()
         results[name] = {
             "loss": float(seeds.mean()),
@@ -87,3 +91,31 @@ def summarise(losses: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, di
             "seeds": seeds.tolist(),
         }
     return results
+
+
+def compare(
+    losses: dict[str, np.ndarray], counts: np.ndarray, controls: list[str]
+) -> dict[str, dict[str, dict]]:
+    """What ``summarise`` says of each model against each control, by control."""
+    return {control: summarise(losses, counts, control) for control in controls}
+
+
+def differences(against: dict[str, dict[str, dict]], counts: np.ndarray) -> str:
+    """Losses, and differences to each control, as Markdown."""
+    lines = [
+        f"Held-out loss in nats a token over {counts.sum():,} tokens of {len(counts)} documents; "
+        f"differences with {LEVEL} % intervals by bootstrap over documents and seeds.",
+        "",
+        f"| model | seeds | loss | {' | '.join(f'against {name}' for name in against)} |",
+        "| --- | ---: | ---: |" + " ---: |" * len(against),
+    ]
+    first = next(iter(against.values()))
+    for name, row in first.items():
+        cells = []
+        for control, rows in against.items():
+            r = rows[name]
+            low, high = r["difference_interval"]
+            same = name == control
+            cells.append("" if same else f"{r['difference']:+.4f} [{low:+.4f}, {high:+.4f}]")
+        lines.append(f"| {name} | {len(row['seeds'])} | {row['loss']:.4f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ import parscale_mlx
 from parscale_mlx.adapter import load_adapter, with_streams
 
 import numpy as np
-from losses import LEVEL, count, file_losses, held_out, summarise
+from losses import LEVEL, compare, count, differences, file_losses, held_out, summarise
 from plan import Plan
 from runs import stage_two
 
@@ -29,16 +29,19 @@ def measure(work: Path, plan: Plan) -> None:
             model, _ = parscale_mlx.load_model(run.result)
         else:
             model = with_streams(backbone, load_adapter(run.result, backbone=folder))
-        name = f"{'whole model' if run.train_all else 'streams only'}, P={run.streams}"
-        losses.setdefault(name, []).append(file_losses(model, files))
-        print(f"{run.folder.name}: {losses[name][-1].sum() / counts.sum():.4f}", flush=True)
-    results = summarise({k: np.stack(v) for k, v in losses.items()}, counts)
+        losses.setdefault(run.name, []).append(file_losses(model, files))
+        print(f"{run.folder.name}: {losses[run.name][-1].sum() / counts.sum():.4f}", flush=True)
+    arrays = {name: np.stack(seeds) for name, seeds in losses.items()}
+    results = summarise(arrays, counts)
     (work / "results.json").write_text(json.dumps(results, indent=4) + "\n")
     what = (
         f"Stage 1: {plan.pretrain_tokens:,} tokens, stage 2: {plan.stream_tokens:,} tokens each, "
         f"{len(plan.seeds)} seed{'s' * (len(plan.seeds) > 1)}"
     )
-    (work / "results.md").write_text(table(results, what, counts))
+    frozen = {name: own for name, own in arrays.items() if not name.startswith("whole")}
+    controls = [name for name in frozen if not name.startswith("streams")]
+    tables = [table(results, what, counts), differences(compare(frozen, counts, controls), counts)]
+    (work / "results.md").write_text("\n".join(tables))
     draw(results, work / "results.png")
     draw(results, work / "results.svg")
     print((work / "results.md").read_text())

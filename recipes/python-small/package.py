@@ -45,7 +45,7 @@ def package(work: Path, plan: Plan, output: Path) -> None:
         force=True,
     )
     for run in stage_two(work, plan):
-        if run.train_all or run.seed != plan.seeds[0]:
+        if run.train_all or run.streams == 1 or run.seed != plan.seeds[0]:
             continue
         adapter = load_adapter(run.result)
         adapter.weights = {k: v.astype(mx.float16) for k, v in adapter.weights.items()}

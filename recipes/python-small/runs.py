@@ -16,12 +16,25 @@ PARSCALE = (sys.executable, "-c", "from parscale_cli.main import cli; cli()")
 
 @dataclass
 class Run:
-    """One run of stage 2: its folder, number of streams, seed, and whether all is trained."""
+    """One run of stage 2: its folder, what is trained with which seed, and whether all of it.
+
+    Attributes:
+        prefix_length: 0 without streams.
+    """
 
     folder: Path
     streams: int
+    prefix_length: int
     seed: int
     train_all: bool
+
+    @property
+    def name(self) -> str:
+        if self.train_all:
+            return f"whole model, P={self.streams}"
+        if self.streams == 1:
+            return f"one stream, prefix of {self.prefix_length}"
+        return f"streams only, P={self.streams}"
 
     @property
     def result(self) -> Path:
@@ -29,14 +42,22 @@ class Run:
 
 
 def stage_two(work: Path, plan: Plan) -> list[Run]:
-    """The runs of stage 2: adapters, and whole models, among them one without streams."""
+    """The runs of stage 2: adapters and their controls, and whole models, one without streams.
+
+    The controls are one stream with a prefix: as long as a stream's, and as long as all of them.
+    """
     runs = []
+    length = plan.prefix_length
     for seed in plan.seeds:
         for streams in sorted((1, *plan.streams), reverse=True):
-            for kind in ("all", "frozen"):
-                if (streams, kind) != (1, "frozen"):
-                    folder = work / "runs" / f"{kind}-p{streams}-seed{seed}"
-                    runs.append(Run(folder, streams, seed, kind == "all"))
+            folder = work / "runs" / f"all-p{streams}-seed{seed}"
+            runs.append(Run(folder, streams, length if streams > 1 else 0, seed, True))
+            if streams > 1:
+                folder = work / "runs" / f"frozen-p{streams}-seed{seed}"
+                runs.append(Run(folder, streams, length, seed, False))
+        for prefix in (length, length * max(plan.streams)):
+            folder = work / "runs" / f"frozen-prefix{prefix}-seed{seed}"
+            runs.append(Run(folder, 1, prefix, seed, False))
     return runs
 
 
@@ -66,9 +87,9 @@ def _train_streams(work: Path, plan: Plan, run: Run) -> None:
         *("--steps", max(1, plan.stream_tokens // (plan.stream_batch_size * plan.seq_length))),
         *("--batch-size", plan.stream_batch_size),
     ]
-    if run.streams > 1:
+    if run.prefix_length:
         options += ["--stage", "streams", "--streams", run.streams, "--init", plan.init]
-        options += ["--prefix-length", plan.prefix_length, "--streams-lr", plan.streams_lr]
+        options += ["--prefix-length", run.prefix_length, "--streams-lr", plan.streams_lr]
         options += ["--aggregator-lr", plan.aggregator_lr]
         options += ["--train-all"] if run.train_all else ["--freeze-backbone"]
     else:

@@ -23,7 +23,9 @@ def test_from_nothing_to_a_package(tmp_path):
         assert run.returncode == 0, run.stderr
     assert "begin" not in run.stdout
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {"backbone", "streams only, P=2", "whole model, P=1", "whole model, P=2"} == set(results)
+    trained = {"streams only, P=2", "whole model, P=1", "whole model, P=2"}
+    controls = {"one stream, prefix of 8", "one stream, prefix of 16"}
+    assert {"backbone", *trained, *controls} == set(results)
     for name, result in results.items():
         low, high = result["loss_interval"]
         assert low < result["loss"] < high, name
