@@ -118,6 +118,8 @@ def export_onnx(ctx, model, output, force, as_json, **options):
     parts = ("precision", "head_precision", "embedding_precision", "aggregator_precision")
     if options["target"] is None and not {options[name] for name in parts} - {None, *FLOATS}:
         refuse(ctx, "needs a quantised --precision", "block_size", "accuracy_level")
+    if options["precision"] != "w8a8" and (options["precision"] or options["target"] != "cpu"):
+        refuse(ctx, "needs --precision w8a8, or --target cpu without another", "calibrate")
     options = {name: value for name, value in options.items() if value is not None}
     from parscale_core.progress import hidden
     from parscale_export import OnnxModel, export_onnx

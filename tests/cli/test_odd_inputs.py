@@ -44,6 +44,8 @@ train --stage pretrain --freeze-backbone --model M --data F -o OUT      | needs 
 train --stage pretrain --streams 2 --model M --data F -o OUT | --streams needs --stage streams
 export-onnx --model "" -o OUT                               | --model': it is empty
 export-onnx --model M -o OUT --ops standard --accuracy-level 4 | --accuracy-level needs --ops fused
+export-onnx --model M -o OUT --precision int8 --calibrate F | --calibrate needs --precision w8a8
+export-onnx --model M -o OUT --calibrate F                  | --calibrate needs --precision w8a8
 export-onnx --model M -o OUT --block-size 64                | needs a quantised --precision
 perplexity F --model M --level nan                          | nan is not a finite number
 evaluate --model M --tasks x --samples 2                    | --samples needs --code
