@@ -42,6 +42,7 @@ figure generate-onnx-restarts "$python" benchmarks/generate_onnx.py --streams 1 
 eight=(--streams 1,8 --precision fp32,int8,w8a8 --prompt 64 --tokens 8 --repeats 3)
 alone=(--threads 1 --cpu-time --beside llama)
 work=$folder/work
+mkdir -p "$work"
 smollm2=(--work "$work/smollm2")
 qwen=(--config benchmarks/shapes/qwen2.5-0.5b.json --work "$work/qwen")
 figure w8a8 "$python" benchmarks/generate_onnx.py "${smollm2[@]}" "${eight[@]}" --beside genai,pytorch,llama
