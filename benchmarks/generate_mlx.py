@@ -32,18 +32,20 @@ Turn = tuple[Callable[[], Any], Callable[[Any, int], Any]]  # reads the prompt; 
 
 def mlx_side(config: dict, streams: int, ids: list[int]) -> Turn:
     """Our model, or mlx-lm's own class where ``streams`` is 0."""
-    from parscale_mlx import benchmark  # before mlx: it loads a fast BLAS
+    # before mlx: it loads a fast BLAS
+    from parscale_mlx.benchmark import models
+    from parscale_mlx.benchmark.timing import mlx_side
 
     import mlx.core as mx
 
-    backbone = benchmark.random_backbone(config)
+    backbone = models.random_backbone(config)
     model: Any
     if streams == 0:
-        model = benchmark.mlx_lm_twin(backbone, config)
+        model = models.mlx_lm_twin(backbone, config)
     else:
-        model = benchmark.with_many_streams(backbone, streams, {})
+        model = models.with_many_streams(backbone, streams, {})
     mx.eval(model.parameters())
-    side = benchmark.mlx_side(model, mx.array([ids]))
+    side = mlx_side(model, mx.array([ids]))
     return side.prefill, side.decode
 
 
@@ -135,7 +137,7 @@ def main():
     if args.config:
         config = json.loads(args.config.read_text())
     else:
-        from parscale_mlx.benchmark import SMOLLM2 as config
+        from parscale_mlx.benchmark.models import SMOLLM2 as config
     counts = [1, *map(int, args.streams.split(","))]
     wanted = {f"mlx-lm {config['model_type']}": (mlx_side, 0)}
     wanted |= {f"parscale P={n}": (mlx_side, n) for n in counts}

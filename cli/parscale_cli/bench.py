@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +13,9 @@ from parscale_cli.options.output import force_option, json_option
 from parscale_cli.options.parallel import joined
 from parscale_cli.options.plot import check_plot, plot_option
 from parscale_cli.options.types import Modes, OneOf, Whole, WholeNumbers
+
+if TYPE_CHECKING:
+    from parscale_mlx.benchmark.models import Backbone
 
 SHARED_P = (8,)
 NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force")
@@ -124,24 +128,17 @@ def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_jso
     """
     if modes is not None:
         with joined():
-            _check_model(model, shape, adapters)
-            _bench_shares(ctx, (model, shape, adapters), modes, as_json=as_json)
-        return
-    _check_model(model, shape, adapters)
-    if quantisations == ("none",):
-        refuse(ctx, "needs --quantize", "group_size")
-    check_plot(plot, force=force)
-    from parscale_cli.bench_mlx import measure_all, measure_machine
-
-    machine = measure_machine(cpu_time=options["cpu_time"])
-    report = {
-        "machine": machine,
-        "model": model or str(shape or "SmolLM2-135M's shape, random weights"),
-        "tokens": options["tokens"],
-        "repeats": options["repeats"],
-        "cpu_time": options["cpu_time"],
-        "rows": measure_all(machine, (model, shape, adapters), quantisations, **options),
-    }
+            backbone = _backbone(model, shape, adapters)
+            refuse(ctx, "cannot go with --parallel", *NOT_SHARED)
+            if "streams" not in given(ctx):
+                options["streams"] = SHARED_P
+            report = _measure_shares(backbone, modes, options)
+    else:
+        backbone = _backbone(model, shape, adapters)
+        if quantisations == ("none",):
+            refuse(ctx, "needs --quantize", "group_size")
+        check_plot(plot, force=force)
+        report = _measure(backbone, options | {"quantisations": quantisations})
     if plot is not None:
         from parscale_core.analysis.bench_plot import draw
         from parscale_core.analysis.figures import save
@@ -149,45 +146,45 @@ def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_jso
         save(draw(report), plot)
     if as_json:
         click.echo(json.dumps(report))
+    elif modes is not None:
+        _print_shares(report)
     else:
         _print(report)
 
 
-def _check_model(model: str | None, shape: Path | None, adapters: Sequence[Path]) -> None:
+def _backbone(model: str | None, shape: Path | None, adapters: Sequence[Path]) -> "Backbone":
     if model is not None and shape is not None:
         raise click.UsageError("--model and --shape cannot go together")
     if adapters and model is None:
         raise click.UsageError("--adapter needs --model")
+    from parscale_mlx.benchmark.models import Backbone
+
+    return Backbone(model, shape, adapters)
 
 
-def _bench_shares(
-    ctx: click.Context,
-    backbone: tuple[str | None, Path | None, Sequence[Path]],
-    modes: Sequence[str],
-    *,
-    as_json: bool,
-) -> None:
-    refuse(ctx, "cannot go with --parallel", *NOT_SHARED)
-    from parscale_cli import bench_parallel
+def _measure(backbone: "Backbone", options: dict) -> dict:
+    from parscale_mlx.benchmark.report import Plan, measure_all, measure_machine
 
-    report = bench_parallel.measure_all(
-        backbone,
-        modes,
-        streams=ctx.params["streams"] if "streams" in given(ctx) else SHARED_P,
-        prompt=ctx.params["prompt"],
-        tokens=ctx.params["tokens"],
-        repeats=ctx.params["repeats"],
-    )
-    if as_json:
-        click.echo(json.dumps(report))
-    else:
-        bench_parallel.print_table(report)
+    machine = measure_machine(cpu_time=options["cpu_time"])
+    return {
+        "machine": machine,
+        "model": backbone.name("SmolLM2-135M's shape, random weights"),
+        **{name: options[name] for name in ("tokens", "repeats", "cpu_time")},
+        "rows": measure_all(machine, backbone, Plan(**options)),
+    }
+
+
+def _measure_shares(backbone: "Backbone", modes: Sequence[str], options: dict) -> dict:
+    from parscale_mlx.benchmark.shares import measure_all
+
+    asked = {name: options[name] for name in ("streams", "prompt", "tokens", "repeats")}
+    return measure_all(backbone, modes, **asked)
 
 
 def _print(report: dict) -> None:
     machine = report["machine"]
     click.echo(
-        f"{report['model']} on {machine['name']}; {report['tokens']} tokens decoded, medians of "
+        f"{report['model']} on {machine['name']}\n{report['tokens']} tokens decoded, medians of "
         f"{report['repeats']} turns" + (" in processor time" if report["cpu_time"] else "")
     )
     rates = ", ".join(f"{v / 1e9:.4g} GFLOP/s in {k}" for k, v in machine["flops"].items())
@@ -207,4 +204,26 @@ def _print(report: dict) -> None:
             f"{row['step'] * 1e3:>8.2f}{row['step_times']:>6.2f}x{row['decode_rate']:>7.1f}"
             f"{row['step_bytes'] / 1e6:>8.1f}{row['bandwidth_share']:>6.0%}"
             f"{row['peak_memory'] / 1e6:>7.0f}"
+        )
+
+
+def _print_shares(report: dict) -> None:
+    """Print what ``measure_all`` gives, and how many times as fast as the whole a share is."""
+    threads = f", OPENBLAS_NUM_THREADS={report['blas_threads']}" if report["blas_threads"] else ""
+    click.echo(
+        f"{report['model']} on {report['ranks']} x {report['device']}{threads}\n"
+        f"{report['tokens']} tokens decoded, medians of {report['repeats']} turns\n"
+    )
+    click.echo(
+        f"{'P':>3}{'prompt':>7}  {'side':11}{'first token, ms':>18}{'a step, ms':>18}"
+        f"{'sent, B':>13}{'formula, B':>11}{'messages':>9}{'peak MB':>8}"
+    )
+    for row in report["rows"]:
+        sent = "-" if row["sent_bytes"] is None else f"{row['sent_bytes']:,}"
+        click.echo(
+            f"{row['streams']:>3}{row['prompt']:>7}  {row['side']:11}"
+            f"{row['first_token'] * 1e3:>11.1f}{row['first_token_speed_up']:>6.2f}x"
+            f"{row['step'] * 1e3:>11.2f}{row['step_speed_up']:>6.2f}x"
+            f"{sent:>13}{row['formula_bytes']:>11,}{row['messages']:>9}"
+            f"{row['peak_memory'] / 1e6:>8.0f}"
         )

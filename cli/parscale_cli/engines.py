@@ -164,8 +164,7 @@ def find_export(model: str | None, adapters: Sequence[Path], *, all_logits: bool
         return Path(model).expanduser()
     from parscale_core.checkpoint.folder import find_folder
     from parscale_core.checkpoint.packaged import DEFAULT
-
-    from parscale_cli.export_cache import cached_export
+    from parscale_export.export_cache import cached_export
 
     return cached_export(find_folder(model or DEFAULT), adapters, all_logits=all_logits)
 

@@ -54,8 +54,8 @@ def test_a_shape(parscale):
     assert result.exit_code == 0, result.output
     assert "in processor time" in result.stdout
     lines = result.stdout.splitlines()
-    assert "config.json on Device(" in lines[0] and "GB/s" in lines[1]
-    assert [line.split()[3] for line in lines[5:]] == ["mlx-lm", "P=2"]
+    assert "config.json on Device(" in lines[0] and "GB/s" in lines[2]
+    assert [line.split()[3] for line in lines[6:]] == ["mlx-lm", "P=2"]
 
 
 def test_an_adapter(parscale, tmp_path):

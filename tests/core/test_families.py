@@ -3,7 +3,7 @@
 import json
 
 import parscale_mlx
-from parscale_mlx.benchmark import mlx_lm_twin
+from parscale_mlx.benchmark.models import mlx_lm_twin
 from parscale_mlx.convert import convert
 
 import mlx.core as mx

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 
 import parscale_mlx
-from parscale_mlx import benchmark, machine
+from parscale_mlx import machine
+from parscale_mlx.benchmark.models import compared_models, random_backbone, split
+from parscale_mlx.benchmark.timing import Side, measure, mlx_side
 
 import mlx.core as mx
 import pytest
@@ -25,9 +27,9 @@ def test_all_sides_have_the_same_weights(case, bits):
     model, config = load(case)
     if bits:
         model, config = quantize_model(model, config, 32, bits)
-    backbone, adapter = benchmark.split(model, config)
+    backbone, adapter = split(model, config)
     own = {adapter.streams: adapter} if adapter else {}
-    models = benchmark.compared_models(backbone, config, [1, 2, 4], own)
+    models = compared_models(backbone, config, [1, 2, 4], own)
     assert list(models) == ["mlx-lm", "P=1", "P=2", "P=4"]
     assert mx.allclose(models["mlx-lm"](IDS), models["P=1"](IDS), atol=1e-5)
     # The streams it came with are used, and others are not the plain model.
@@ -40,7 +42,7 @@ def test_all_sides_have_the_same_weights(case, bits):
 
 def test_a_side_generates_what_the_model_does():
     model, _ = load("p4")
-    side = benchmark.mlx_side(model, IDS)
+    side = mlx_side(model, IDS)
     cache, token = side.prefill()
     ids = IDS
     for _ in range(4):
@@ -65,11 +67,11 @@ def test_measure_takes_turns_and_medians():
             assert state == name
             time.sleep(seconds * tokens)
 
-        return benchmark.Side(prefill, decode, weight_bytes=1000)
+        return Side(prefill, decode, weight_bytes=1000)
 
     done = []
     sides = {"quick": side("quick", 0.01), "slow": side("slow", 0.05)}
-    timings = benchmark.measure(sides, repeats=3, tokens=2, turn_done=lambda: done.append(1))
+    timings = measure(sides, repeats=3, tokens=2, turn_done=lambda: done.append(1))
     assert turns == ["quick", "slow"] * 4 and len(done) == 8
     # Sleeping takes at least as long as it is told to.
     assert timings["quick"].first_token >= 0.01 and timings["slow"].step >= 0.05
@@ -78,16 +80,16 @@ def test_measure_takes_turns_and_medians():
 
 
 def test_processor_time_does_not_count_waiting():
-    side = benchmark.Side(lambda: time.sleep(0.05), lambda state, tokens: time.sleep(0.05))
-    timing = benchmark.measure({"idle": side}, repeats=1, tokens=1, clock=time.process_time)["idle"]
+    side = Side(lambda: time.sleep(0.05), lambda state, tokens: time.sleep(0.05))
+    timing = measure({"idle": side}, repeats=1, tokens=1, clock=time.process_time)["idle"]
     assert timing.first_token < 0.04 and timing.step < 0.04
 
 
 def test_peak_memory_counts_the_cache():
     model, _ = load("p4")
     prompt = mx.zeros((1, 200), mx.int32)
-    sides = {"p4": benchmark.mlx_side(model, prompt)}
-    peak = benchmark.measure(sides, repeats=1, tokens=2)["p4"].peak_memory
+    sides = {"p4": mlx_side(model, prompt)}
+    peak = measure(sides, repeats=1, tokens=2)["p4"].peak_memory
     cache = model.make_cache()
     model(prompt, cache=cache)
     mx.eval([c.state for c in cache])
@@ -96,7 +98,7 @@ def test_peak_memory_counts_the_cache():
 
 def test_random_weights_have_the_shape():
     config = json.loads((GOLDEN / "p4" / "config.json").read_text())
-    model = benchmark.random_backbone(config)
+    model = random_backbone(config)
     assert model.args.streams == 1
     assert model(IDS).shape == (2, 5, config["vocab_size"])
 

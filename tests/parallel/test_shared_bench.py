@@ -58,7 +58,7 @@ def test_a_table_of_a_shape(model):
     assert first.exit_code == 0, first.err
     lines = first.out.splitlines()
     assert lines[0].startswith(f"{shape} on 2 x Device(")
-    alone, shared = (line.split() for line in lines[3:])
+    alone, shared = (line.split() for line in lines[4:])
     assert alone[:4] == ["8", "5", "one", "process"]
     assert shared[:3] == ["8", "5", "2x1"]
     assert shared[-4:-1] == ["1,024", "1,024", "1"] or sys.platform != "linux"

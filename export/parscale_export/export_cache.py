@@ -8,9 +8,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import click
 from parscale_core.cache_folder import cache_folder
 from parscale_core.file_hash import sha256
+from parscale_core.progress import hidden
+from tqdm import tqdm
+
+from parscale_export.export import export_onnx
 
 # What an export is made of: weights, configuration, tokenizer, templates, adapters.
 PARTS = ("*.json", "*.safetensors", "*.bin", "*.jinja", "*.txt", "*.model", "adapters/*/*")
@@ -25,10 +28,6 @@ def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = 
         FileNotFoundError, ValueError, ImportError: as ``export_onnx``.
         OSError: the cache folder cannot be written.
     """
-    from parscale_core.progress import hidden
-    from parscale_export import export_onnx
-    from tqdm import tqdm
-
     options: dict[str, Any] = {"all_logits": all_logits, "aggregation_weights": True}
     files = [file for part in PARTS for file in folder.glob(part) if file.is_file()]
     for adapter in adapters:
@@ -40,7 +39,7 @@ def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = 
         return output
     output.parent.mkdir(parents=True, exist_ok=True)
     if sys.stderr.isatty():
-        click.echo(f"Exporting {folder} once, into {output}", err=True)
+        print(f"Exporting {folder} once, into {output}", file=sys.stderr)
     with tqdm(desc="exporting", unit=" tensors", disable=hidden(), leave=False) as bar:
 
         def progress(_: str, done: int, total: int) -> None:

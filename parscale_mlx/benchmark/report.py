@@ -1,24 +1,46 @@
-"""The measurements of ``parscale bench``, set against counts and against the machine."""
+"""What ``parscale bench`` reports: timings, set against counts and against the machine."""
 
 import io
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
-from parscale_mlx import benchmark, machine
-from parscale_mlx.adapter import Adapter, load_adapter
-from parscale_mlx.load import load_model
+from parscale_mlx import machine
+from parscale_mlx.benchmark.models import SMOLLM2, Backbone, compared_models
+from parscale_mlx.benchmark.timing import Timing, measure, mlx_side
 from parscale_mlx.model import Model
 
 import mlx.core as mx
 from mlx_lm.utils import quantize_model
 from parscale_core.analysis.roofline import Work, step
-from parscale_core.analysis.shape import Precision, Shape, precision_of, read_config, shape_of
-from parscale_core.checkpoint.folder import find_folder
+from parscale_core.analysis.shape import Precision, Shape, precision_of, shape_of
 from parscale_core.progress import hidden
 from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of a model; each list makes rows of its own.
+
+    Attributes:
+        batch: sequences at once.
+        prompt: tokens of the prompts.
+        quantisations: bits of the weights, "none" for as they are.
+        group_size: weights that share a scale there.
+        tokens: generated after the first.
+        repeats: measured turns of each side.
+        cpu_time: measure the processor's time, not the clock's.
+    """
+
+    streams: Sequence[int]
+    batch: Sequence[int]
+    prompt: Sequence[int]
+    quantisations: Sequence[str]
+    group_size: int
+    tokens: int
+    repeats: int
+    cpu_time: bool
 
 
 def measure_machine(*, cpu_time: bool) -> dict:
@@ -38,43 +60,31 @@ def measure_machine(*, cpu_time: bool) -> dict:
     }
 
 
-def measure_all(
-    rates: dict,
-    backbone: tuple[str | None, Path | None, Sequence[Path]],
-    quantisations: Sequence[str],
-    *,
-    streams: Sequence[int],
-    batch: Sequence[int],
-    prompt: Sequence[int],
-    tokens: int,
-    repeats: int,
-    group_size: int,
-    cpu_time: bool,
-) -> list[dict]:
+def measure_all(rates: dict, backbone: Backbone, plan: Plan) -> list[dict]:
     """One row for each quantisation, batch size, prompt length and side, as plain data.
 
     Args:
         rates: what ``measure_machine`` gives.
-        backbone: a model's folder or name, or else a config.json, and the model's adapters.
 
     Raises:
-        FileNotFoundError, ValueError: as ``load_model``, and ``load_adapter``.
+        FileNotFoundError, ValueError: as ``Backbone.load``; or the model is quantised already.
     """
     rows = []
-    turns = len(quantisations) * len(batch) * len(prompt) * (len(streams) + 1) * (repeats + 1)
+    cases = [(b, length) for b in plan.batch for length in plan.prompt]
+    turns = len(plan.quantisations) * len(cases) * (len(plan.streams) + 1) * (plan.repeats + 1)
     with tqdm(total=turns, desc="measuring", disable=hidden(), leave=False) as bar:
-        for bits in quantisations:
-            plain, config, adapters = load_backbone(*backbone)
+        for bits in plan.quantisations:
+            plain, config, adapters = backbone.load(SMOLLM2)
             if bits != "none":
-                plain, config = _quantise(plain, config, int(bits), group_size)
-            models = benchmark.compared_models(plain, config, streams, adapters)
-            for b, length in ((b, length) for b in batch for length in prompt):
+                plain, config = _quantise(plain, config, int(bits), plan.group_size)
+            models = compared_models(plain, config, plan.streams, adapters)
+            for b, length in cases:
                 ids = mx.random.randint(0, plain.args.vocab_size, (b, length))
-                timings = benchmark.measure(
-                    {name: benchmark.mlx_side(model, ids) for name, model in models.items()},
-                    repeats=repeats,
-                    tokens=tokens,
-                    clock=_clock(cpu_time),
+                timings = measure(
+                    {name: mlx_side(model, ids) for name, model in models.items()},
+                    repeats=plan.repeats,
+                    tokens=plan.tokens,
+                    clock=_clock(plan.cpu_time),
                     turn_done=bar.update,
                 )
                 for name, timing in timings.items():
@@ -82,34 +92,12 @@ def measure_all(
                     case = {"weights": _weights(config, precision), "batch": b, "prompt": length}
                     case |= {"side": name, "streams": shape.streams} | asdict(timing)
                     case |= _rates(case, timings["mlx-lm"])
-                    rows.append(case | _shares(case, rates, shape, precision, tokens))
+                    rows.append(case | _shares(case, rates, shape, precision, plan.tokens))
     return rows
 
 
 def _clock(cpu_time: bool) -> Callable[[], float]:
     return time.process_time if cpu_time else time.perf_counter
-
-
-def load_backbone(
-    model: str | None,
-    shape: Path | None,
-    adapters: Sequence[Path],
-    *,
-    default: dict = benchmark.SMOLLM2,
-) -> tuple[Model, dict, dict[int, Adapter]]:
-    """A backbone, its configuration, and its streams by their number.
-
-    Args:
-        default: the configuration of random weights where neither a model nor a shape is given.
-    """
-    if model is None:
-        config = default if shape is None else read_config(shape)
-        return benchmark.random_backbone(config), config, {}
-    folder = find_folder(model)
-    loaded, config = load_model(folder)
-    backbone, own = benchmark.split(loaded, config)
-    found = [load_adapter(path, backbone=folder) for path in adapters]
-    return backbone, config, {a.streams: a for a in (*found, own) if a is not None}
 
 
 def _quantise(model: Model, config: dict, bits: int, group: int) -> tuple[Model, dict]:
@@ -136,7 +124,7 @@ def _weights(config: dict, precision: Precision) -> str:
     return f"{precision.weights} bit" if "quantization" in config else f"float{precision.others}"
 
 
-def _rates(case: dict, base: benchmark.Timing) -> dict:
+def _rates(case: dict, base: Timing) -> dict:
     """Tokens a second, and how many times as long as mlx-lm's own class it takes."""
     return {
         "prefill_rate": case["batch"] * case["prompt"] / case["first_token"],

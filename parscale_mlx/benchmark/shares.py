@@ -1,21 +1,86 @@
 """Speed, memory and traffic of a model that ranks share, beside the whole of it on each of them."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from parscale_mlx.benchmark import Side, measure, mlx_side
+from parscale_mlx.benchmark.models import QWEN2_5_HALF_B, Backbone, with_many_streams
+from parscale_mlx.benchmark.timing import Side, measure, mlx_side
+from parscale_mlx.load import identity
 from parscale_mlx.model import Model
-from parscale_mlx.parallel.ranks import all_sum
+from parscale_mlx.parallel.ranks import all_sum, check_same, check_same_input, join
 from parscale_mlx.parallel.shard import plan, shard_model
 from parscale_mlx.parallel.traffic import Traffic, sent_bytes, traffic_of_a_token
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from parscale_core.checkpoint.folder import find_folder
+from parscale_core.progress import hidden
+from tqdm import tqdm
 
 ALONE = "one process"
 ON_ITS_WAY = 0.1  # seconds after which what was handed to the system counts as sent
+
+
+def measure_all(
+    backbone: Backbone,
+    modes: Sequence[str],
+    *,
+    streams: Sequence[int],
+    prompt: Sequence[int],
+    tokens: int,
+    repeats: int,
+) -> dict:
+    """What ``parscale bench --parallel`` prints, as plain data: times are this rank's.
+
+    Args:
+        modes: as for ``parscale_mlx.parallel.shard.plan``.
+        streams, prompt, tokens, repeats: as in ``report.Plan``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``Backbone.load``; or the ranks were asked different
+            things, or cannot share such a model.
+    """
+    group = join()
+    if backbone.model is not None:
+        for adapter in (None, *backbone.adapters):
+            check_same(group, identity(find_folder(backbone.model), adapter))
+    plain, config, adapters = backbone.load(QWEN2_5_HALF_B)
+    check_same_input(group, "shape or option", config, modes, streams, prompt, tokens, repeats)
+    for P, mode in ((P, mode) for P in streams for mode in modes):
+        plan(mode, group, replace(plain.args, streams=P))  # refuses before long work
+    rows = []
+    turns = len(streams) * len(prompt) * (len(modes) + 1) * (repeats + 1)
+    with tqdm(total=turns, desc="measuring", disable=hidden(), leave=False) as bar:
+        for P in streams:
+            whole = with_many_streams(plain, P, adapters)
+            for length in prompt:
+                sides = measure_shares(
+                    whole,
+                    modes,
+                    group,
+                    prompt=length,
+                    tokens=tokens,
+                    repeats=repeats,
+                    turn_done=bar.update,
+                )
+                alone = sides[ALONE]
+                for name, side in sides.items():
+                    speed_ups = {
+                        f"{k}_speed_up": alone[k] / side[k] for k in ("first_token", "step")
+                    }
+                    rows.append({"streams": P, "prompt": length, "side": name} | side | speed_ups)
+    return {
+        "model": backbone.name("Qwen2.5-0.5B's shape, random weights"),
+        "ranks": group.size(),
+        "device": str(mx.default_device()),
+        "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+        "tokens": tokens,
+        "repeats": repeats,
+        "rows": rows,
+    }
 
 
 def measure_shares(
@@ -34,10 +99,10 @@ def measure_shares(
         model: the whole model, the same on every rank.
         modes: as for ``parscale_mlx.parallel.shard.plan``.
         prompt, tokens: how many to read, and to generate after the first.
-        repeats, turn_done: as for ``parscale_mlx.benchmark.measure``.
+        repeats, turn_done: as for ``timing.measure``.
 
     Returns:
-        For ``ALONE`` and by mode: this rank's ``benchmark.Timing``; and for one token the bytes
+        For ``ALONE`` and by mode: this rank's ``timing.Timing``; and for one token the bytes
         that it sent, as Linux counted them (``sent_bytes``, elsewhere None) and as is expected of
         MLX's ring (``formula_bytes``), and the ``messages`` that wait for one another.
 

@@ -1,20 +1,21 @@
-"""Speed and memory of generation, sides by turns: mlx-lm's own class, and P streams over it."""
+"""The models that are compared: mlx-lm's own class and ours, over the same weights."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from parscale_mlx.adapter import Adapter, take_streams, with_streams
+from parscale_mlx.adapter import Adapter, load_adapter, take_streams, with_streams
+from parscale_mlx.load import load_model
 from parscale_mlx.model import Aggregator, Model
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models import granite, llama, qwen2, qwen3, smollm3
-from mlx_lm.models.cache import make_prompt_cache
+from parscale_core.analysis.shape import read_config
 from parscale_core.checkpoint.config import ModelConfig
+from parscale_core.checkpoint.folder import find_folder
 from parscale_core.checkpoint.names import is_stream_tensor
 from parscale_core.error_text import one_line
 
@@ -44,8 +45,6 @@ QWEN2_5_HALF_B = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
 }
-
-
 TWINS = {
     "qwen2": qwen2, "qwen3": qwen3, "llama": llama, "mistral": llama, "smollm3": smollm3,
     "granite": granite,
@@ -53,27 +52,40 @@ TWINS = {
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of the things that are compared.
+class Backbone:
+    """Which model is measured.
 
     Attributes:
-        prefill: reads the prompt up to the first token; what it returns goes to ``decode``.
-        decode: generates this many further tokens.
-        weight_bytes: of its weights, whether it shares them with other sides or not.
+        model: a folder or a name; None for random weights.
+        shape: a ``config.json`` whose shape random weights have; None for the default.
+        adapters: folders of streams over ``model``.
     """
 
-    prefill: Callable[[], Any]
-    decode: Callable[[Any, int], None]
-    weight_bytes: int = 0
+    model: str | None = None
+    shape: Path | None = None
+    adapters: Sequence[Path] = ()
 
+    def load(self, default: dict) -> tuple[Model, dict, dict[int, Adapter]]:
+        """The model without streams, its configuration, and its streams by their number.
 
-@dataclass(frozen=True)
-class Timing:
-    """Medians: seconds to the first token and of a decoding step, and bytes at the peak."""
+        Args:
+            default: the configuration of random weights where neither a model nor a shape is given.
 
-    first_token: float
-    step: float
-    peak_memory: int
+        Raises:
+            FileNotFoundError, ValueError: as ``load_model`` and ``load_adapter``.
+        """
+        if self.model is None:
+            config = default if self.shape is None else read_config(self.shape)
+            return random_backbone(config), config, {}
+        folder = find_folder(self.model)
+        loaded, config = load_model(folder)
+        backbone, own = split(loaded, config)
+        found = [load_adapter(path, backbone=folder) for path in self.adapters]
+        return backbone, config, {a.streams: a for a in (*found, own) if a is not None}
+
+    def name(self, default: str) -> str:
+        """What a report calls it; ``default`` where neither a model nor a shape is given."""
+        return self.model or str(self.shape or default)
 
 
 def random_backbone(config: dict) -> Model:
@@ -183,83 +195,6 @@ def compared_models(
     for model in models.values():
         mx.eval(model.parameters())
     return models
-
-
-def mlx_side(
-    model: Any, ids: mx.array, sampler: Callable[[mx.array], mx.array] | None = None
-) -> Side:
-    """A model that generates greedily as mlx-lm does, from prompts [B, L] in one batch.
-
-    As there, the logits of the last token only are computed, and a step is queued before the one
-    before it is waited for.
-
-    Args:
-        sampler: from logits [B, vocab] to tokens [B]; None for the likeliest.
-    """
-
-    def next_token(tokens: mx.array, cache) -> mx.array:
-        logits = model(tokens, cache=cache)[:, -1]
-        return (mx.argmax(logits, axis=-1) if sampler is None else sampler(logits))[:, None]
-
-    def prefill():
-        cache = make_prompt_cache(model)
-        if ids.shape[1] > 1:
-            model(ids[:, :-1], cache=cache)
-            mx.eval([c.state for c in cache])
-        token = next_token(ids[:, -1:], cache)
-        mx.eval(token)
-        return cache, token
-
-    def decode(state, tokens):
-        cache, token = state
-        for _ in range(tokens):
-            before, token = token, next_token(token, cache)
-            mx.async_eval(token)
-            mx.eval(before)
-        mx.eval(token)
-
-    weights = dict(tree_flatten(model.parameters()))
-    return Side(prefill, decode, sum(a.nbytes for a in weights.values()))
-
-
-def measure(
-    sides: dict[str, Side],
-    *,
-    repeats: int,
-    tokens: int,
-    clock: Callable[[], float] = time.perf_counter,
-    turn_done: Callable[[], object] = int,
-) -> dict[str, Timing]:
-    """Time the sides by turns, so that what else the machine does touches all of them alike.
-
-    Args:
-        repeats: turns, after one that warms up.
-        clock: ``time.process_time`` where other programs take the cores.
-        turn_done: called after each side's turn.
-    """
-    first: dict[str, list[float]] = {name: [] for name in sides}
-    steps: dict[str, list[float]] = {name: [] for name in sides}
-    peaks = dict.fromkeys(sides, 0)
-    for turn in range(repeats + 1):
-        for name, side in sides.items():
-            mx.clear_cache()
-            before = mx.get_active_memory()
-            mx.reset_peak_memory()
-            start = clock()
-            state = side.prefill()
-            middle = clock()
-            side.decode(state, tokens)
-            end = clock()
-            peaks[name] = side.weight_bytes + max(0, mx.get_peak_memory() - before)
-            del state
-            if turn > 0:
-                first[name].append(middle - start)
-                steps[name].append((end - middle) / tokens)
-            turn_done()
-    return {
-        name: Timing(statistics.median(first[name]), statistics.median(steps[name]), peaks[name])
-        for name in sides
-    }
 
 
 def _fill(model: nn.Module, source: Model, config: dict) -> None:
