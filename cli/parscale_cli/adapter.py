@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from parscale_cli.options.command import Command, Group, argument, option
-from parscale_cli.options.output import folder_options, json_option
+from parscale_cli.options.common import folder_options, json_option
 from parscale_cli.options.types import Real
 
 

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from parscale_cli.options.command import command, given, option, refuse
-from parscale_cli.options.model import FOLDER
-from parscale_cli.options.output import force_option, json_option
+from parscale_cli.options.common import FOLDER, check_plot, force_option, json_option, plot_option
 from parscale_cli.options.parallel import joined
-from parscale_cli.options.plot import check_plot, plot_option
 from parscale_cli.options.types import Modes, OneOf, Whole, WholeNumbers
 
 if TYPE_CHECKING:

@@ -13,10 +13,13 @@ from parscale_core.engine import Request
 from parscale_cli import show
 from parscale_cli.engines import NO_STREAMS, follows, open_engine
 from parscale_cli.options.command import command, option
-from parscale_cli.options.kv_cache import max_kv_size_option
-from parscale_cli.options.model import adapter_options, model_option
+from parscale_cli.options.common import (
+    adapter_options,
+    max_kv_size_option,
+    model_option,
+    runtime_options,
+)
 from parscale_cli.options.parallel import parallel_option
-from parscale_cli.options.runtime import runtime_options
 from parscale_cli.options.sampling import sampling_options, take_sampling
 from parscale_cli.prompts import encode
 

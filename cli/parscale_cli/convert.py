@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 
 from parscale_cli.options.command import argument, command, option, refuse
-from parscale_cli.options.model import FILE
-from parscale_cli.options.output import folder_options, json_option
+from parscale_cli.options.common import FILE, folder_options, json_option, layout_option
 from parscale_cli.options.types import OneOf, Whole
 
 Q_OPTIONS = {  # by the option, the field of ``Quantization``
@@ -24,14 +23,7 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
 @command()
 @argument("source", metavar="SOURCE")
 @folder_options("a model folder")
-@option(
-    "--to",
-    section="Output",
-    type=click.Choice(["mlx", "hf"]),
-    default="mlx",
-    show_default=True,
-    help="For MLX, or for the published PyTorch classes (never quantised).",
-)
+@layout_option
 @option(
     "--mlx-lm",
     "with_model_file",

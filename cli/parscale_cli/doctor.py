@@ -8,7 +8,7 @@ import click
 from parscale_core.cache_folder import cache_folder, clear, entries
 
 from parscale_cli.options.command import command, option
-from parscale_cli.options.output import json_option
+from parscale_cli.options.common import json_option
 
 PACKAGES = (
     "parscale", "mlx", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-metal", "mlx-lm", "numpy",

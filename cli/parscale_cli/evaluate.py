@@ -13,10 +13,16 @@ from parscale_core.checkpoint.output import check_file, working_file
 
 from parscale_cli.engines import follows, open_all
 from parscale_cli.options.command import command, option, refuse
-from parscale_cli.options.model import FOLDER, many_streams_options, model_option
-from parscale_cli.options.output import force_option, json_option, output_option
+from parscale_cli.options.common import (
+    FOLDER,
+    force_option,
+    json_option,
+    many_streams_options,
+    model_option,
+    output_option,
+    runtime_options,
+)
 from parscale_cli.options.parallel import parallel_option
-from parscale_cli.options.runtime import runtime_options
 from parscale_cli.options.types import Real, Whole, WholeNumbers
 
 if TYPE_CHECKING:

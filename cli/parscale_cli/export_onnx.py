@@ -5,8 +5,14 @@ import json
 import click
 
 from parscale_cli.options.command import command, option, refuse
-from parscale_cli.options.model import FILE, FOLDER, model_option
-from parscale_cli.options.output import force_option, json_option, output_option
+from parscale_cli.options.common import (
+    FILE,
+    FOLDER,
+    force_option,
+    json_option,
+    model_option,
+    output_option,
+)
 from parscale_cli.options.types import OneOf, Whole
 
 FLOATS = ("fp32", "fp16", "bf16")

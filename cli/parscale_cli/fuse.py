@@ -3,8 +3,7 @@
 import click
 
 from parscale_cli.options.command import command, option
-from parscale_cli.options.model import FOLDER, model_option
-from parscale_cli.options.output import folder_options
+from parscale_cli.options.common import FOLDER, folder_options, layout_option, model_option
 
 
 @command()
@@ -18,14 +17,7 @@ from parscale_cli.options.output import folder_options
     help="The stream adapter.",
 )
 @folder_options("a model folder")
-@option(
-    "--to",
-    section="Output",
-    type=click.Choice(["mlx", "hf"]),
-    default="mlx",
-    show_default=True,
-    help="MLX's layout, or what the published PyTorch classes load.",
-)
+@layout_option
 def fuse(model, adapter, output, **options):
     """Write a backbone and a stream adapter as one model folder."""
     from parscale_mlx.fuse import fuse as run

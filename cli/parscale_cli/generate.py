@@ -13,15 +13,17 @@ from parscale_core.engine import Request
 from parscale_cli import show
 from parscale_cli.engines import NO_STREAMS, follows, open_engine
 from parscale_cli.options.command import command, option, refuse
-from parscale_cli.options.kv_cache import (
+from parscale_cli.options.common import (
+    FILE,
+    adapter_options,
+    json_option,
     max_kv_size_option,
+    model_option,
     num_draft_tokens_option,
     quantised_cache_options,
+    runtime_options,
 )
-from parscale_cli.options.model import FILE, adapter_options, model_option
-from parscale_cli.options.output import json_option
 from parscale_cli.options.parallel import parallel_option
-from parscale_cli.options.runtime import runtime_options
 from parscale_cli.options.sampling import sampling_options, take_sampling
 from parscale_cli.options.types import Draft
 from parscale_cli.prompts import encode, read_prompts

@@ -12,10 +12,14 @@ from parscale_core.error_text import not_finite
 
 from parscale_cli.engines import choose_runtime, find_export
 from parscale_cli.options.command import argument, command, option
-from parscale_cli.options.model import FILE, many_streams_options, model_option
-from parscale_cli.options.output import json_option
+from parscale_cli.options.common import (
+    FILE,
+    json_option,
+    many_streams_options,
+    model_option,
+    runtime_option,
+)
 from parscale_cli.options.parallel import parallel_option
-from parscale_cli.options.runtime import runtime_option
 from parscale_cli.options.types import Real, Whole
 
 if TYPE_CHECKING:

@@ -4,9 +4,7 @@ import click
 from parscale_core.analysis.figures import FORMATS
 
 from parscale_cli.options.command import argument, command
-from parscale_cli.options.model import FOLDER
-from parscale_cli.options.output import force_option, output_option
-from parscale_cli.options.plot import check_plot
+from parscale_cli.options.common import FOLDER, check_plot, force_option, output_option
 
 
 @command()

@@ -7,9 +7,7 @@ import click
 from parscale_core.analysis.numbers import count
 
 from parscale_cli.options.command import argument, command, option, refuse
-from parscale_cli.options.model import FILE
-from parscale_cli.options.output import force_option, json_option
-from parscale_cli.options.plot import check_plot, plot_option
+from parscale_cli.options.common import FILE, check_plot, force_option, json_option, plot_option
 from parscale_cli.options.types import ParameterCount, Real, Whole, WholeNumbers
 
 NAMES = ("E", "A", "alpha", "k")

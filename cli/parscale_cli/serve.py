@@ -10,10 +10,14 @@ from parscale_core.serve.settings import Settings
 
 from parscale_cli.engines import open_served
 from parscale_cli.options.command import command, option, take
-from parscale_cli.options.kv_cache import num_draft_tokens_option, quantised_cache_options
-from parscale_cli.options.model import adapter_options, model_option
+from parscale_cli.options.common import (
+    adapter_options,
+    model_option,
+    num_draft_tokens_option,
+    quantised_cache_options,
+    runtime_options,
+)
 from parscale_cli.options.parallel import parallel_option
-from parscale_cli.options.runtime import runtime_options
 from parscale_cli.options.types import Real, Whole
 
 KEY = "PARSCALE_API_KEY"

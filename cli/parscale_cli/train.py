@@ -9,8 +9,7 @@ from parscale_core.train_settings import DTYPES, INITS, STAGES, TrainSettings
 
 from parscale_cli.errors import with_dashes
 from parscale_cli.options.command import command, given, option, refuse
-from parscale_cli.options.model import FOLDER
-from parscale_cli.options.output import force_option, json_option, output_option
+from parscale_cli.options.common import FOLDER, force_option, json_option, output_option
 from parscale_cli.options.types import Real, Whole
 
 

@@ -7,9 +7,7 @@ import click
 from parscale_core.error_text import not_finite
 
 from parscale_cli.options.command import argument, command, option
-from parscale_cli.options.model import FOLDER
-from parscale_cli.options.output import json_option
-from parscale_cli.options.runtime import check_option, provider_option
+from parscale_cli.options.common import FOLDER, check_option, json_option, provider_option
 from parscale_cli.options.types import Real, Whole
 
 PROMPTS = (

@@ -1,6 +1,5 @@
 """Nodes and weights of a graph that is being built, for either operator set."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from parscale_core.checkpoint.config import ModelConfig
 
-from parscale_export.quantize import has_remainders, stored_columns
-from parscale_export.w8a8 import integer_product, rounded_rows
-from parscale_export.weights import BITS, Weights
+from parscale_export.weights import Weights
 
 MICROSOFT = "com.microsoft"
 
@@ -50,9 +47,10 @@ class Builder(ir.tape.Tape):
         self.config, self.options, self.weights = config, options, weights
         self._constants: dict[tuple, ir.Value] = {}
         self._tensors: dict[str, ir.Value] = {}
-        self._with_sums: dict[ir.Value, ir.Value] = {}
-        self._zero_columns: dict[int, ir.Value] = {}
-        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        # What ``linear`` adds to an activation once for all matrices that it is multiplied with.
+        self.with_sums: dict[ir.Value, ir.Value] = {}
+        self.zero_columns: dict[int, ir.Value] = {}
+        self.rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         # Which matrices each activation is multiplied with; see ``calibrate``.
         self.products: dict[ir.Value, list[str]] = {}
 
@@ -116,97 +114,16 @@ class Builder(ir.tape.Tape):
 
     def vector(self, name: str) -> ir.Value:
         """A one-dimensional weight in the activations' type."""
-        return self._bias(name, (name,))
+        return self.bias(name, (name,))
 
-    def linear(
-        self, x: ir.Value, modules: Sequence[str], rows: int, columns: int, precision: str
-    ) -> ir.Value:
-        """A projection [..., columns] to [..., rows]; several modules are stacked into one."""
-        name = modules[0] if len(modules) == 1 else _joint_name(modules)
-        sources = tuple(f"{module}.weight" for module in modules)
-        self.products.setdefault(x, []).extend(modules)
-        if precision == "w8a8" and modules[0] in self.options.kept:
-            precision = "int8"
-        if precision == "w8a8":
-            rotated = modules[0] in self.options.rotated
-            y = self._integer_product(x, name, sources, (rows, columns), rotated)
-        elif precision in BITS:
-            y = self._quantized_matmul(x, name, sources, rows, columns, BITS[precision])
-        else:
-            weight = self.weights.floats(
-                f"{name}.weight", (columns, rows),
-                lambda: np.ascontiguousarray(self.weights.array(sources).T),
-            )  # fmt: skip
-            y = self("MatMul", x, self.tensor(weight))
-        biases = tuple(f"{module}.bias" for module in modules)
-        if self.weights.has(biases[0]):
-            y = self("Add", y, self._bias(f"{name}.bias", biases))
-        return y
-
-    def _bias(self, name: str, sources: tuple[str, ...]) -> ir.Value:
+    def bias(self, name: str, sources: tuple[str, ...]) -> ir.Value:
+        """One-dimensional weights, joined, in the activations' type."""
         rows = sum(self.weights.checkpoint.shape(source)[0] for source in sources)
         return self.tensor(self.weights.floats(name, (rows,), lambda: self.weights.array(sources)))
 
-    def _integer_product(
-        self,
-        x: ir.Value,
-        name: str,
-        sources: tuple[str, ...],
-        shape: tuple[int, int],
-        rotated: bool,
-    ) -> ir.Value:
-        if x not in self._rounded:
-            self._rounded[x] = rounded_rows(self, x, shape[1], rotated=rotated)
-        stored = self.weights.channels(name, sources, shape, rotated=rotated)
-        codes, scales = map(self.tensor, stored)
-        return self.as_activation(integer_product(self, self._rounded[x], codes, scales))
-
-    def _quantized_matmul(
-        self, x: ir.Value, name: str, sources: tuple[str, ...], rows: int, columns: int, bits: int
-    ) -> ir.Value:
-        size = self.options.block_size
-        if has_remainders(columns, bits, size) and not self.options.symmetric:
-            stored = stored_columns(columns, size)
-            x = self._with_block_sums(x, columns // size, stored - columns)
-            columns = stored
-        if self.options.ops == "standard":
-            codes, scales, zeros = self.weights.linear_codes(name, sources, (rows, columns), bits)
-            weight = self(
-                "DequantizeLinear", *map(self.tensor, (codes, scales, zeros)),
-                axis=0, block_size=self.options.block_size,
-            )  # fmt: skip
-            return self("MatMul", x, weight)
-        tensors = self.weights.codes(name, sources, (rows, columns), bits)
-        return self(
-            "MatMulNBits", x, *(self.tensor(t) for t in tensors if t is not None),
-            domain=MICROSOFT, K=columns, N=rows, bits=bits,
-            block_size=self.options.block_size, accuracy_level=self.options.accuracy_level,
-        )  # fmt: skip
-
-    def _with_block_sums(self, x: ir.Value, blocks: int, width: int) -> ir.Value:
-        """Inputs [B, L, columns], and after them each block's sum, in so many columns."""
-        if x not in self._with_sums:
-            shape = self.constant([0, 0, blocks, self.options.block_size])
-            sums = self("ReduceSum", self("Reshape", x, shape), self.constant([-1]), keepdims=0)
-            parts = [x, sums]
-            if width > blocks:
-                parts.append(self._zeros(x, width - blocks))
-            self._with_sums[x] = self("Concat", *parts, axis=-1)
-        return self._with_sums[x]
-
-    def _zeros(self, x: ir.Value, columns: int) -> ir.Value:
-        """Zeros [B, L, columns], made once for all inputs of the same rows and tokens as ``x``."""
-        if columns not in self._zero_columns:
-            shape = self(
-                "Concat", self("Shape", x, start=0, end=2), self.constant([columns]), axis=0
-            )
-            zero = self.constant(0, self.weights.numpy_dtype)
-            self._zero_columns[columns] = self("Expand", zero, shape)
-        return self._zero_columns[columns]
-
     def change_rows(self) -> None:
         """From here on, hidden states have other rows or tokens than before."""
-        self._zero_columns.clear()
+        self.zero_columns.clear()
 
 
 def folded_heads(config: ModelConfig, kv_layout: str) -> tuple[int, int, int]:
@@ -215,8 +132,3 @@ def folded_heads(config: ModelConfig, kv_layout: str) -> tuple[int, int, int]:
     if kv_layout == "heads":
         return config.streams * heads, config.streams * kv_heads, 1
     return heads, kv_heads, config.streams
-
-
-def _joint_name(modules: Sequence[str]) -> str:
-    parent, _, _ = modules[0].rpartition(".")
-    return f"{parent}.{'_'.join(m.rpartition('.')[2].removesuffix('_proj') for m in modules)}_proj"

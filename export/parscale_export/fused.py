@@ -14,6 +14,7 @@ import onnx_ir as ir
 from parscale_core.checkpoint.rope import rotate
 
 from parscale_export.builder import MICROSOFT, Builder, folded_heads
+from parscale_export.linear import linear
 
 # Query heads that the operator takes on CUDA.
 MAX_CUDA_HEADS = 1024
@@ -108,7 +109,7 @@ class FusedOperators:
         q, kv = config.num_attention_heads, config.num_key_value_heads
         widths = [n * config.head_dim for n in (q, kv, kv)]
         modules = [f"{name}.{part}_proj" for part in "qkv"]
-        packed = b.linear(x, modules, sum(widths), config.hidden_size, b.options.precision)
+        packed = linear(b, x, modules, sum(widths), config.hidden_size, b.options.precision)
         if config.qk_norm:
             packed = self._normalised(packed, name, widths)
         side_by_side = config.streams > 1 and self.rows == 1
@@ -136,7 +137,7 @@ class FusedOperators:
             y = b.slice(y, self.new_prefix, axis=1)
         if side_by_side:
             y = b("Reshape", y, b.constant([0, -1, widths[0]]))
-        y = b.linear(y, [f"{name}.o_proj"], config.hidden_size, widths[0], b.options.precision)
+        y = linear(b, y, [f"{name}.o_proj"], config.hidden_size, widths[0], b.options.precision)
         return y, *present
 
     def _normalised(self, packed: ir.Value, name: str, widths: list[int]) -> ir.Value:
@@ -183,10 +184,10 @@ class FusedOperators:
     def mlp(self, x: ir.Value, name: str) -> ir.Value:
         b, d, hidden = self.b, self.b.config.hidden_size, self.b.config.intermediate_size
         modules = [f"{name}.gate_proj", f"{name}.up_proj"]
-        both = b.linear(x, modules, 2 * hidden, d, b.options.precision)
+        both = linear(b, x, modules, 2 * hidden, d, b.options.precision)
         gate, up = b.many("Split", both, n=2, axis=-1, num_outputs=2)
         x = b("Mul", b("Mul", gate, b("Sigmoid", gate)), up)
-        return b.linear(x, [f"{name}.down_proj"], d, hidden, b.options.precision)
+        return linear(b, x, [f"{name}.down_proj"], d, hidden, b.options.precision)
 
     def pick(self, x: ir.Value) -> ir.Value:
         """Of hidden states [B, L, P * d], each row's last; or all, where their tokens were."""

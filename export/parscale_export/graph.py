@@ -20,9 +20,9 @@ from parscale_core.checkpoint.tensors import Checkpoint
 
 from parscale_export.builder import MICROSOFT, Builder, Options, folded_heads
 from parscale_export.fused import FusedOperators
+from parscale_export.linear import linear
 from parscale_export.smooth import Smoothing
 from parscale_export.standard import StandardOperators
-from parscale_export.w8a8 import gather_columns, gather_rows
 from parscale_export.weights import BITS, Weights
 
 OPSET = 23
@@ -142,12 +142,12 @@ def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
     head = options.head_precision if b.config.tie_word_embeddings else None
     if bits == 8 and head == "w8a8":
         stored = b.weights.channels(name, sources, shape)
-        return b.as_activation(gather_columns(b, *stored, token_ids))
+        return b.as_activation(_gather_columns(b, *stored, token_ids))
     if options.ops == "standard" and head == "int8":
         return _gather_blocks(b, name, token_ids)
     if options.ops == "standard" or (head is None and options.precision == "w8a8"):
         stored = b.weights.channels(f"{name}.table", sources, shape, table=True)
-        return b.as_activation(gather_rows(b, *stored, token_ids))
+        return b.as_activation(_gather_rows(b, *stored, token_ids))
     # With 8 bits, the table may be the head's matrix too.
     stored_name = name if bits == 8 else f"{name}.table"
     codes, scales, zeros = b.weights.codes(stored_name, sources, shape, bits, remainders=False)
@@ -158,6 +158,22 @@ def _embed(b: Builder, token_ids: ir.Value) -> ir.Value:
         domain=MICROSOFT, bits=bits, block_size=options.block_size,
         gather_axis=0, quantize_axis=1,
     )  # fmt: skip
+
+
+def _gather_columns(
+    b: Builder, codes: ir.TensorProtocol, scales: ir.TensorProtocol, ids: ir.Value
+) -> ir.Value:
+    """Rows of an embedding that is stored as its head's codes [d, vocab]: float32 [B, L, d]."""
+    columns = b.cast(b("Gather", b.tensor(codes), ids, axis=1), ir.DataType.FLOAT)
+    return b("Transpose", b("Mul", columns, b("Gather", b.tensor(scales), ids)), perm=[1, 2, 0])
+
+
+def _gather_rows(
+    b: Builder, codes: ir.TensorProtocol, scales: ir.TensorProtocol, ids: ir.Value
+) -> ir.Value:
+    """Rows of an embedding's own codes [vocab, d]: float32 [B, L, d]."""
+    rows = b.cast(b("Gather", b.tensor(codes), ids), ir.DataType.FLOAT)
+    return b("Mul", rows, b("Unsqueeze", b("Gather", b.tensor(scales), ids), b.constant([2])))
 
 
 def _gather_blocks(b: Builder, name: str, token_ids: ir.Value) -> ir.Value:
@@ -211,10 +227,10 @@ def _aggregate(b: Builder, x: ir.Value) -> tuple[ir.Value, ir.Value | None]:
         shape = b("Concat", b("Shape", x, start=0, end=2), b.constant([1]), axis=0)
         return x, b("Expand", b.constant([1.0], np.float32), shape)
     precision = b.options.aggregator_precision
-    hidden = b.linear(x, ["model.aggregator.fc1"], d, streams * d, precision)
+    hidden = linear(b, x, ["model.aggregator.fc1"], d, streams * d, precision)
     hidden = b("Mul", hidden, b("Sigmoid", hidden))
     # A matrix of P rows is too small to be worth quantising.
-    scores = b.linear(hidden, ["model.aggregator.fc2"], streams, d, b.options.activations)
+    scores = linear(b, hidden, ["model.aggregator.fc2"], streams, d, b.options.activations)
     weights = b("Softmax", b.cast(scores, ir.DataType.FLOAT), axis=-1)
     weights = b("Mul", weights, b.constant(1 - smoothing, np.float32))
     weights = b("Add", weights, b.constant(smoothing / streams, np.float32))
@@ -229,7 +245,7 @@ def _head(b: Builder, x: ir.Value) -> ir.Value:
     tied = b.config.tie_word_embeddings
     module = "model.embed_tokens" if tied else "lm_head"
     if not tied or b.options.head_precision in (*BITS, "w8a8"):
-        return b.linear(x, [module], vocab, d, b.options.head_precision)
+        return linear(b, x, [module], vocab, d, b.options.head_precision)
     # Both ways read the embedding's own rows, so that the file holds them once.
     table = b.tensor(
         b.weights.floats(

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from parscale_export.builder import Builder, folded_heads
 from parscale_export.fused import prefix_rows
+from parscale_export.linear import linear
 
 
 class StandardOperators:
@@ -103,13 +104,13 @@ class StandardOperators:
         )  # fmt: skip
         if config.streams > 1 and self.rows == 1:
             y = b("Reshape", y, b.constant([0, -1, q]))
-        return b.linear(y, [f"{name}.o_proj"], d, q, b.options.precision), *present
+        return linear(b, y, [f"{name}.o_proj"], d, q, b.options.precision), *present
 
     def _heads(self, x: ir.Value, module: str, heads: int) -> ir.Value:
         """A projection, streams folded into its last axis where streams are heads."""
         b, config = self.b, self.b.config
         width = heads * config.head_dim
-        y = b.linear(x, [module], width, config.hidden_size, b.options.precision)
+        y = linear(b, x, [module], width, config.hidden_size, b.options.precision)
         if config.qk_norm and not module.endswith("v_proj"):
             y = b.head_norm(y, module.replace("_proj", "_norm"), heads)
         if config.streams > 1 and self.rows == 1:
@@ -144,10 +145,10 @@ class StandardOperators:
 
     def mlp(self, x: ir.Value, name: str) -> ir.Value:
         b, d, hidden = self.b, self.b.config.hidden_size, self.b.config.intermediate_size
-        gate = b.linear(x, [f"{name}.gate_proj"], hidden, d, b.options.precision)
-        up = b.linear(x, [f"{name}.up_proj"], hidden, d, b.options.precision)
+        gate = linear(b, x, [f"{name}.gate_proj"], hidden, d, b.options.precision)
+        up = linear(b, x, [f"{name}.up_proj"], hidden, d, b.options.precision)
         x = b("Mul", b("Mul", gate, b("Sigmoid", gate)), up)
-        return b.linear(x, [f"{name}.down_proj"], d, hidden, b.options.precision)
+        return linear(b, x, [f"{name}.down_proj"], d, hidden, b.options.precision)
 
     def pick(self, x: ir.Value) -> ir.Value:
         """Of hidden states [B, L, P * d], each row's last that is not padding; or all of them."""

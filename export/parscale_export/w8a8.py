@@ -8,13 +8,7 @@ x86 processors without VNNI the product of such pairs saturates at 16 bits, unle
 ``session.x64quantprecision`` set to 1, as ours have.
 """
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-import onnx_ir as ir
-
-if TYPE_CHECKING:
-    from parscale_export.builder import Builder
 
 MIDDLE = 128  # the code of zero
 LARGEST = 127  # codes on either side of it
@@ -44,52 +38,3 @@ def hadamard() -> np.ndarray:
     while len(matrix) < BLOCK:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
     return matrix / np.float32(np.sqrt(BLOCK))
-
-
-def rounded_rows(
-    b: "Builder", x: ir.Value, columns: int, *, rotated: bool
-) -> tuple[ir.Value, ir.Value]:
-    """Activations [B, L, columns] as uint8 codes, and the factors of their products.
-
-    A row of zeros has arbitrary codes: 0 / 0 is not a number, but its code is, and zero times it 0.
-    """
-    x = b.as_float32(x)
-    if rotated:
-        blocks = b("Reshape", x, b.constant([0, 0, -1, BLOCK]))
-        mixed = b("MatMul", blocks, b.constant(hadamard(), np.float32))
-        x = b("Reshape", mixed, b.constant([0, 0, columns]))
-    largest = b("ReduceMax", b("Abs", x), b.constant([-1]), keepdims=1)
-    # The row's scale is divided out first: QuantizeLinear takes a scale a row for two axes only.
-    step, middle = b.constant(1 / LARGEST, np.float32), b.constant(MIDDLE, np.uint8)
-    rounded = b("QuantizeLinear", b("Div", x, largest), step, middle)
-    return rounded, largest if b.options.ops == "fused" else b("Mul", largest, step)
-
-
-def integer_product(
-    b: "Builder", rows: tuple[ir.Value, ir.Value], codes: ir.Value, scales: ir.Value
-) -> ir.Value:
-    """Rounded rows [..., in] times codes [in, out]: float32 [..., out]."""
-    x, factors = rows
-    step, middle = b.constant(1 / LARGEST, np.float32), b.constant(MIDDLE, np.uint8)
-    if b.options.ops == "fused":
-        y = b.microsoft("MatMulIntegerToFloat", x, codes, step, scales, middle)
-    else:
-        sums = b.cast(b("MatMulInteger", x, codes, middle), ir.DataType.FLOAT)
-        y = b("Mul", sums, scales)
-    return b("Mul", y, factors)
-
-
-def gather_columns(
-    b: "Builder", codes: ir.TensorProtocol, scales: ir.TensorProtocol, ids: ir.Value
-) -> ir.Value:
-    """Rows of an embedding that is stored as its head's codes [d, vocab]: float32 [B, L, d]."""
-    columns = b.cast(b("Gather", b.tensor(codes), ids, axis=1), ir.DataType.FLOAT)
-    return b("Transpose", b("Mul", columns, b("Gather", b.tensor(scales), ids)), perm=[1, 2, 0])
-
-
-def gather_rows(
-    b: "Builder", codes: ir.TensorProtocol, scales: ir.TensorProtocol, ids: ir.Value
-) -> ir.Value:
-    """Rows of an embedding's own codes [vocab, d]: float32 [B, L, d]."""
-    rows = b.cast(b("Gather", b.tensor(codes), ids), ir.DataType.FLOAT)
-    return b("Mul", rows, b("Unsqueeze", b("Gather", b.tensor(scales), ids), b.constant([2])))
