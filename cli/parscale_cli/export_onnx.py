@@ -3,6 +3,13 @@
 import json
 
 import click
+from parscale_core.export_settings import (
+    BLOCK_SIZE,
+    CHOICES,
+    FLOATS,
+    PRESETS,
+    ExportSettings,
+)
 
 from parscale_cli.options.command import command, option, refuse
 from parscale_cli.options.common import (
@@ -15,8 +22,16 @@ from parscale_cli.options.common import (
 )
 from parscale_cli.options.types import OneOf, Whole
 
-FLOATS = ("fp32", "fp16", "bf16")
-PRECISIONS = (*FLOATS, "int8", "int4", "w8a8")
+PRESET = PRESETS[None]
+
+
+def _setting(section: str, field: str, *, default: object = None, help: str, **settings):
+    """An option of the name of a field of ``ExportSettings``."""
+    if field in CHOICES and "type" not in settings:
+        settings["type"] = click.Choice(CHOICES[field])
+    help += f"  [default: {default}]" if default else ""
+    name = f"--{field.replace('_', '-')}"
+    return option(name, section=section, of=ExportSettings, help=help, **settings)
 
 
 @command("export-onnx")
@@ -33,85 +48,75 @@ PRECISIONS = (*FLOATS, "int8", "int4", "w8a8")
     help="A stream adapter over the model: a graph of its own over the same weights. "
     "May be given several times; without, those that came with the model.",
 )
-@option(
-    "--target",
-    section="Graph",
-    type=click.Choice(["cuda", "cpu", "genai", "genai-cuda", "web"]),
+@_setting(
+    "Graph",
+    "target",
     help="Choose layout, operators and precision for this, and write what it reads.",
 )
-@option(
-    "--kv-layout",
-    section="Graph",
-    type=click.Choice(["batch", "heads"]),
-    help="Streams as rows of the batch, or as heads, for generic runtimes.  [default: batch]",
+@_setting(
+    "Graph",
+    "kv_layout",
+    default=PRESET["kv_layout"],
+    help="Streams as rows of the batch, or as heads, for generic runtimes.",
 )
-@option(
-    "--ops",
-    section="Graph",
-    type=click.Choice(["fused", "standard"]),
-    help="onnxruntime's fused operators, or ai.onnx opset 23 alone.  [default: fused]",
+@_setting(
+    "Graph",
+    "ops",
+    default=PRESET["ops"],
+    help="onnxruntime's fused operators, or ai.onnx opset 23 alone.",
 )
-@option(
-    "--all-logits",
-    section="Graph",
-    is_flag=True,
-    help="Logits of every token, not of the last alone.",
-)
-@option(
-    "--aggregation-weights",
-    section="Graph",
+@_setting("Graph", "all_logits", is_flag=True, help="Logits of every token, not of the last alone.")
+@_setting(
+    "Graph",
+    "aggregation_weights",
     is_flag=True,
     help="A second output: how much each stream counts.",
 )
-@option(
-    "--precision",
-    section="Precision",
-    type=click.Choice(PRECISIONS),
-    help="Of the weight matrices; w8a8 has 8-bit activations too, for CPUs.  [default: fp32]",
+@_setting(
+    "Precision",
+    "precision",
+    default=PRESET["precision"],
+    help="Of the weight matrices; w8a8 has 8-bit activations too, for CPUs.",
 )
-@option(
-    "--calibrate",
-    section="Precision",
+@_setting(
+    "Precision",
+    "calibrate",
     metavar="FILE",
     type=FILE,
     help="Text for w8a8 to measure activations on, like what the model is for; by default ours.",
 )
-@option(
-    "--activations",
-    section="Precision",
-    type=click.Choice(FLOATS),
+@_setting(
+    "Precision",
+    "activations",
     help="Of all that is not quantised; by default the precision's.",
 )
-@option(
-    "--head-precision",
-    section="Precision",
-    type=click.Choice(PRECISIONS),
+@_setting(
+    "Precision",
+    "head_precision",
     help="Of the projection to logits; by default the precision's, int8 for int4 and w8a8.",
 )
-@option(
-    "--embedding-precision",
-    section="Precision",
-    type=click.Choice([*FLOATS, "int8", "int4"]),
+@_setting(
+    "Precision",
+    "embedding_precision",
     help="By default int8 where the head is quantised, else that of the activations.",
 )
-@option(
-    "--aggregator-precision",
-    section="Precision",
-    type=click.Choice(PRECISIONS),
+@_setting(
+    "Precision",
+    "aggregator_precision",
     help="By default that of the activations, w8a8 for w8a8.",
 )
-@option(
-    "--block-size",
-    section="Precision",
+@_setting(
+    "Precision",
+    "block_size",
     type=OneOf(16, 32, 64, 128, 256),
-    help="Columns that share a scale, where weights are quantised in blocks.  "
-    "[default: 32; with --target cpu, 64]",
+    default=f"{BLOCK_SIZE}; with --target cpu, {PRESETS['cpu']['block_size']}",
+    help="Columns that share a scale, where weights are quantised in blocks.",
 )
-@option(
-    "--accuracy-level",
-    section="Precision",
+@_setting(
+    "Precision",
+    "accuracy_level",
     type=Whole(0, 4),
-    help="MatMulNBits' own: 4 rounds activations to 8 bits, 0 does not.  [default: 4]",
+    help="MatMulNBits' own: 4 rounds activations to 8 bits, 0 does not.",
 )
 @output_option(required=True)
 @force_option("Replace an existing export.")
@@ -126,7 +131,6 @@ def export_onnx(ctx, model, output, force, as_json, **options):
         refuse(ctx, "needs a quantised --precision", "block_size", "accuracy_level")
     if options["precision"] != "w8a8" and (options["precision"] or options["target"] != "cpu"):
         refuse(ctx, "needs --precision w8a8, or --target cpu without another", "calibrate")
-    options = {name: value for name, value in options.items() if value is not None}
     from parscale_core.progress import hidden
     from parscale_export import OnnxModel, export_onnx
     from parscale_export.runtime.session import find_graphs
@@ -139,13 +143,7 @@ def export_onnx(ctx, model, output, force, as_json, **options):
             bar.set_description(what, refresh=False)
             bar.update(done - bar.n)
 
-        folder = export_onnx(
-            model,
-            output,
-            force=force,
-            progress=progress,
-            **options,
-        )
+        folder = export_onnx(model, output, force=force, progress=progress, **options)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     about, graphs = OnnxModel.describe(folder), find_graphs(folder)
     size = sum(path.stat().st_size for path in files)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from parscale_core.checkpoint.adapter import (
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.output import EXPORT, check_output, place, working_folder
 from parscale_core.checkpoint.tensors import Checkpoint
+from parscale_core.export_settings import BLOCK_SIZE, CHOICES, PRESETS, ExportSettings
 from parscale_core.file_hash import sha256
 
 from parscale_export import targets
@@ -28,19 +30,7 @@ from parscale_export.runtime.session import step_file
 from parscale_export.smooth import Progress, Smoothing, plan
 from parscale_export.weights import BITS, FLOATS
 
-PRECISIONS = (*FLOATS, *BITS, "w8a8")
 LARGE = 1024  # bytes; a larger tensor is kept beside its graph
-_CHOICES = {
-    "target": tuple(targets.PRESETS),
-    "kv_layout": ("batch", "heads"),
-    "ops": ("fused", "standard"),
-    "precision": PRECISIONS,
-    "activations": tuple(FLOATS),
-    "head_precision": PRECISIONS,
-    "embedding_precision": (*FLOATS, *BITS),
-    "aggregator_precision": PRECISIONS,
-    "accuracy_level": (0, 1, 2, 3, 4),
-}
 
 
 def export_onnx(
@@ -48,21 +38,9 @@ def export_onnx(
     output: str | Path,
     *,
     adapters: Sequence[str | Path] = (),
-    kv_layout: str | None = None,
-    ops: str | None = None,
-    precision: str | None = None,
-    target: str | None = None,
-    all_logits: bool = False,
-    aggregation_weights: bool = False,
-    activations: str | None = None,
-    head_precision: str | None = None,
-    embedding_precision: str | None = None,
-    aggregator_precision: str | None = None,
-    calibrate: str | Path | None = None,
-    block_size: int | None = None,
-    accuracy_level: int = 4,
     force: bool = False,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Path:
     """Export a ParScale, Qwen2 or Llama model folder to ONNX.
 
@@ -73,31 +51,11 @@ def export_onnx(
             model_pP.onnx over the same weights, its own prefixes and aggregator in a small file.
             With none, those that came with the model, in its folder ``adapters``, are taken where
             the target reads several graphs.
-        kv_layout: "batch" (default; streams are rows of the batch) or "heads" (streams are heads:
-            an ordinary decoder's interface, for runtimes that know nothing of streams).
-        ops: "fused" (default; onnxruntime's GroupQueryAttention and MatMulNBits) or "standard"
-            (ai.onnx opset 23 alone).
-        precision: "fp32" (default), "fp16", "bf16", or for the weight matrices "int8", "int4", or
-            "w8a8": 8-bit weights and activations, for CPUs, above all for several streams.
-        target: "cuda", "cpu", "genai", "genai-cuda" or "web" sets these three unless they are
-            given, and writes the files that onnxruntime-genai and transformers.js read. For CUDA,
-            int4 is symmetric: it has no offsets.
-        all_logits: logits of every token, [B, L, vocab]; otherwise of the last, [B, 1, vocab].
-        aggregation_weights: a second output, float32 [B, L or 1, P]: how much each stream counts.
-        activations: "fp32", "fp16" or "bf16", for all that is not quantised; by default that of
-            ``precision``, and for int8, int4 and w8a8 "fp32" (for CUDA, "fp16").
-        head_precision: of the logits' projection; by default ``precision``, "int8" for int4 and
-            w8a8.
-        embedding_precision: by default "int8" where the head is quantised (not for CUDA), else
-            ``activations``.
-        aggregator_precision: by default ``activations``, "w8a8" for w8a8.
-        calibrate: a text file for w8a8 to measure activations on; by default one of ours.
-        block_size: columns that share a scale, a power of two from 16; by default 32, and 64 for
-            target "cpu".
-        accuracy_level: MatMulNBits' own: 4 computes with 8-bit activations, 0 does not round them.
         force: replace an existing export.
         progress: called with what is done ("calibrating", "smoothing", "writing"), how many runs,
             products or tensors of it are done, and their total.
+        settings: the fields of ``ExportSettings``, such as ``target``, ``precision`` and
+            ``all_logits``.
 
     Returns:
         The output folder's path.
@@ -106,36 +64,24 @@ def export_onnx(
         FileNotFoundError, ImportError: see ``Checkpoint``.
         FileExistsError: the output exists.
         ValueError: the source is not a model that can be exported, an adapter is not for it, or
-            options that do not go together.
+            settings that do not go together.
     """
-    options = choose_options(
-        target=target,
-        kv_layout=kv_layout,
-        ops=ops,
-        precision=precision,
-        activations=activations,
-        head_precision=head_precision,
-        embedding_precision=embedding_precision,
-        aggregator_precision=aggregator_precision,
-        block_size=block_size,
-        accuracy_level=accuracy_level,
-        all_logits=all_logits,
-        aggregation_weights=aggregation_weights,
-    )
+    asked = ExportSettings(**settings)
+    options, target = choose_options(asked), asked.target
     output = Path(output)
     check_output(output, force=force, marker=EXPORT)
     checkpoint = Checkpoint(source)
     if output.resolve() in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise ValueError(f"{output}: the model to export is in there")
     checkpoints = [checkpoint, *_with_adapters(checkpoint.folder, adapters, target)]
-    if calibrate is not None and options.precision != "w8a8":
+    if asked.calibrate is not None and options.precision != "w8a8":
         raise ValueError(f"calibrate is for precision w8a8, and this is {options.precision}")
     _check_model(checkpoint.config, options, checkpoint.folder, target)
     longest = max(c.config.prefix_length for c in checkpoints)
     options = replace(options, longest_prefix=longest)
     chunks = []
     if options.precision == "w8a8":
-        chunks = calibration_tokens(checkpoint, None if calibrate is None else Path(calibrate))
+        chunks = calibration_tokens(checkpoint, asked.calibrate and Path(asked.calibrate))
     with working_folder(output) as work:
         smoothing = None
         if chunks:
@@ -182,41 +128,48 @@ def _with_adapters(
     return [Checkpoint(folder, found[streams]) for streams in sorted(found)]
 
 
-def choose_options(*, target, kv_layout, ops, precision, activations, head_precision,
-                   embedding_precision, aggregator_precision, block_size, accuracy_level,
-                   all_logits, aggregation_weights) -> Options:  # fmt: skip
+def choose_options(asked: ExportSettings) -> Options:
     """Fill in what was not given, and check that it goes together.
 
     Raises:
         ValueError: an unknown choice, or a combination that no graph can be built for.
     """
-    for name, given in list(locals().items()):
-        if given is not None and name in _CHOICES and given not in _CHOICES[name]:
-            choices = ", ".join(str(c) for c in _CHOICES[name] if c is not None)
-            raise ValueError(f"{name} {given!r} is not one of {choices}")
-    preset = targets.PRESETS[target]
-    kv_layout, ops = kv_layout or preset["kv_layout"], ops or preset["ops"]
-    precision = precision or preset["precision"]
-    if activations is None:
-        activations = precision if precision in FLOATS else preset.get("activations", "fp32")
+    for name, choices in CHOICES.items():
+        given = getattr(asked, name)
+        if given is not None and given not in choices:
+            raise ValueError(f"{name} {given!r} is not one of {', '.join(map(str, choices))}")
+    target, preset = asked.target, PRESETS[asked.target]
+    kv_layout, ops = asked.kv_layout or preset["kv_layout"], asked.ops or preset["ops"]
+    precision = asked.precision or preset["precision"]
+    activations = asked.activations or (
+        precision if precision in FLOATS else preset.get("activations", "fp32")
+    )
     # A head has one row for all streams, which MatMulNBits does best; and it is sensitive.
-    head_precision = head_precision or ("int8" if precision in ("int4", "w8a8") else precision)
-    if block_size is None:
-        block_size = 64 if target == "cpu" else 32
+    head_precision = asked.head_precision or (
+        "int8" if precision in ("int4", "w8a8") else precision
+    )
+    embedding_precision = asked.embedding_precision or _embedding(
+        head_precision, activations, target
+    )
+    aggregator_precision = asked.aggregator_precision or (
+        "w8a8" if precision == "w8a8" else activations
+    )
+    block_size = preset.get("block_size", BLOCK_SIZE)
+    if asked.block_size is not None:
+        block_size = asked.block_size
     options = Options(
         kv_layout=kv_layout,
         ops=ops,
         precision=precision,
         activations=activations,
         head_precision=head_precision,
-        embedding_precision=embedding_precision or _embedding(head_precision, activations, target),
-        aggregator_precision=aggregator_precision
-        or ("w8a8" if precision == "w8a8" else activations),
+        embedding_precision=embedding_precision,
+        aggregator_precision=aggregator_precision,
         block_size=block_size,
         symmetric=target in targets.CUDA,
-        accuracy_level=accuracy_level,
-        all_logits=all_logits,
-        aggregation_weights=aggregation_weights,
+        accuracy_level=asked.accuracy_level,
+        all_logits=asked.all_logits,
+        aggregation_weights=asked.aggregation_weights,
     )
     for name in ("precision", "head_precision", "embedding_precision", "aggregator_precision"):
         value = getattr(options, name)
@@ -243,7 +196,7 @@ def choose_options(*, target, kv_layout, ops, precision, activations, head_preci
             "int8 and int4 with activations bf16 need ops fused: no runtime has DequantizeLinear "
             "in blocks for bfloat16"
         )
-    if ops == "standard" and options.embedding_precision == "int4":
+    if ops == "standard" and embedding_precision == "int4":
         raise ValueError("embedding_precision int4 needs ops fused; int8 does not")
     if block_size < 16 or block_size & (block_size - 1):
         raise ValueError(f"block_size {block_size} is not a power of two from 16")

@@ -9,17 +9,6 @@ from parscale_core.checkpoint.tokenizer import end_tokens, read_object, write_to
 
 from parscale_export.builder import Options, folded_heads
 
-PRESETS: dict[str | None, dict[str, str]] = {
-    None: {"kv_layout": "batch", "ops": "fused", "precision": "fp32"},
-    "cuda": {"kv_layout": "batch", "ops": "fused", "precision": "fp16", "activations": "fp16"},
-    # The fastest, all in all, for any number of streams: see docs/onnx-benchmarks.md.
-    "cpu": {"kv_layout": "batch", "ops": "fused", "precision": "w8a8"},
-    "genai": {"kv_layout": "heads", "ops": "fused", "precision": "int8"},
-    "genai-cuda": {
-        "kv_layout": "heads", "ops": "fused", "precision": "fp16", "activations": "fp16",
-    },
-    "web": {"kv_layout": "heads", "ops": "fused", "precision": "int4"},
-}  # fmt: skip
 CUDA = ("cuda", "genai-cuda")
 GENAI = ("genai", "genai-cuda")
 ONE_GRAPH = (*GENAI, "web")  # whose runtimes know nothing of streams, and read a graph a folder
