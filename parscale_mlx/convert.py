@@ -14,8 +14,8 @@ from parscale_mlx.drop_in import add_model_file, check_model_file
 from parscale_mlx.finite import check_weights
 from parscale_mlx.load import load_model
 from parscale_mlx.model import Model
-from parscale_mlx.model_folder import LAYOUTS, dequantized, dtype_name, write_model
-from parscale_mlx.quantize import Quantization, check_quantization, cut_windows, quantize
+from parscale_mlx.model_folder import dequantized, dtype_name, write_model
+from parscale_mlx.quantize import check_quantization, cut_windows, quantize
 from parscale_mlx.tokenizer import load_tokenizer
 
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
@@ -34,11 +34,10 @@ from parscale_core.checkpoint.packaged import SMOLLM2
 from parscale_core.checkpoint.tensors import Checkpoint
 from parscale_core.checkpoint.tokenizer import check_tokens, copy_files
 from parscale_core.checkpoint.weight_files import find_safetensors
+from parscale_core.convert_settings import DTYPES, LAYOUTS, ConvertSettings, Quantization
 from parscale_core.error_text import not_finite, one_line
 from parscale_core.progress import progress_bar
 from safetensors.numpy import save_file
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass
@@ -71,19 +70,12 @@ def convert(
     source: str | Path,
     output: str | Path,
     *,
-    to: str = "mlx",
-    with_model_file: bool = False,
-    dtype: str | None = None,
-    quantization: Quantization | None = None,
-    q_text: str | None = None,
-    streams: int | None = None,
-    prefix_length: int = 48,
-    text: str | None = None,
     revision: str | None = None,
     upload_repo: str | None = None,
     dry_run: bool = False,
     force: bool = False,
     progress: bool = False,
+    **settings: Any,
 ) -> Conversion:
     """Convert a checkpoint to an MLX folder, or back to a published one.
 
@@ -92,86 +84,99 @@ def convert(
     Args:
         source: a folder of safetensors or of PyTorch pickles, a GGUF file, or a name on the hub.
         output: the folder to write. It appears whole or not at all.
-        to: "mlx", or "hf" for what the published PyTorch classes load; never quantised.
-        with_model_file: add the model's code as mlx-lm's own commands want it for more than one
-            stream (``--trust-remote-code``).
-        dtype: float32, float16 or bfloat16, for what is not quantised; by default the stored type.
-        quantization: how to quantise all but the prefixes and the aggregator; None for not at all.
-        q_text: what a learnt recipe learns from; by default English that comes with Python.
-        streams: graft this many streams onto a plain model.
-        prefix_length: the length of the grafted prefixes.
-        text: what the grafted prefixes are made from; by default English that comes with Python.
         revision: a branch, tag or commit of a hub repository.
         upload_repo: a hub repository to upload the result to.
         dry_run: check all that can be checked without computing; write nothing.
         force: replace ``output`` if it is a model folder.
         progress: show progress bars on standard error where that is a terminal.
+        settings: the fields of ``ConvertSettings``, such as ``to``, ``quantization`` and
+            ``streams``.
 
     Raises:
         FileExistsError: ``output`` exists.
         FileNotFoundError: there is no such source, or it lacks a file that is needed.
         ImportError: the source is a PyTorch pickle and PyTorch is not installed.
         OSError: the disk is full, or the hub does not take the upload.
-        ValueError: the source is wrong or an option does not suit it; the message says which.
+        ValueError: the source is wrong or a setting does not suit it; the message says which.
     """
-    output = Path(output).expanduser()
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if to not in LAYOUTS:
-        raise ValueError(f"to {to!r} is not one of {', '.join(LAYOUTS)}")
-    if to == "hf" and quantization:
-        raise ValueError("MLX's quantisation has no place in a Hugging Face checkpoint")
-    if to == "hf" and with_model_file:
-        raise ValueError("with_model_file is for mlx-lm, and to 'hf' is not")
-    cast = getattr(mx, dtype) if dtype else None
-    if quantization is not None:
-        quantization = check_quantization(quantization)
-        if dry_run and quantization.recipe == "dynamic":
-            raise ValueError("dry_run: the recipe 'dynamic' only knows sizes once it has computed")
+    output, asked = Path(output).expanduser(), _checked(ConvertSettings(**settings), dry_run)
     if upload_repo and not dry_run:
         hub.check_login(upload_repo)
     found = find_source(source, revision)
     _check_output(output, found, force)
     if dry_run:
-        model, config = _outline(found, cast)
-        if streams is not None:
-            model, config = _graft_blank(model, config, streams, prefix_length)
-        if quantization is not None:
-            how = replace(quantization, recipe=None) if quantization.learns else quantization
-            config = _quantize(found, model, config, how)
-        if to == "hf":
-            model, config = dequantized(model, config)
-        if with_model_file:
-            check_model_file(config)
-        return _describe(output, model, config)
+        return _describe(output, *_finished(*_outlined(found, asked), asked))
     with working_folder(output) as work, _naming(found, work / "source"):
-        folder = _stage(found, work / "source", dtype, progress)
-        check_weights(find_safetensors(folder).files, cast)
-        model, config = load_model(folder, lazy=True, dtype=cast)
-        perplexities = None
-        if streams is not None:
-            sizes = dict(streams=streams, prefix_length=prefix_length)
-            config, perplexities = _graft(folder, model, config, text, progress, **sizes)
-        if quantization is not None and quantization.learns:
-            model, config = _learn(found, folder, model, config, quantization, q_text)
-        elif quantization is not None:
-            config = _quantize(found, model, config, quantization)
-        if to == "hf":
-            model, config = dequantized(model, config)
-        if with_model_file:
-            check_model_file(config)
+        folder = _stage(found, work / "source", asked.dtype, progress)
+        model, config, perplexities = _computed(found, folder, asked, progress)
+        model, config = _finished(model, config, asked)
         result = _describe(output, model, config, perplexities)
-        write_model(work / "model", model, config, to=to, progress=progress)
+        write_model(work / "model", model, config, to=asked.to, progress=progress)
         copy_files(folder, work / "model")
-        if with_model_file:
+        if asked.with_model_file:
             add_model_file(work / "model")
-        if to == "mlx":
+        if asked.to == "mlx":
             name = upload_repo or output.name
             write_card(work / "model", name=name, origin=found.path, hub_name=found.hub_name)
         place(work / "model", output, work / "replaced", force=force)
     if upload_repo:
         result.uploaded_to = hub.upload(output, upload_repo)
     return result
+
+
+def _checked(asked: ConvertSettings, dry_run: bool) -> ConvertSettings:
+    if asked.dtype is not None and asked.dtype not in DTYPES:
+        raise ValueError(f"dtype {asked.dtype!r} is not one of {', '.join(DTYPES)}")
+    if asked.to not in LAYOUTS:
+        raise ValueError(f"to {asked.to!r} is not one of {', '.join(LAYOUTS)}")
+    if asked.to == "hf" and asked.quantization:
+        raise ValueError("MLX's quantisation has no place in a Hugging Face checkpoint")
+    if asked.to == "hf" and asked.with_model_file:
+        raise ValueError("with_model_file is for mlx-lm, and to 'hf' is not")
+    if asked.quantization is None:
+        return asked
+    if dry_run and asked.quantization.recipe == "dynamic":
+        raise ValueError("dry_run: the recipe 'dynamic' only knows sizes once it has computed")
+    return replace(asked, quantization=check_quantization(asked.quantization))
+
+
+def _outlined(source: Source, asked: ConvertSettings) -> tuple[Model, dict]:
+    """What would come of it, computing nothing: weights of the right shapes."""
+    model, config = _outline(source, _dtype(asked))
+    if asked.streams is not None:
+        model, config = _graft_blank(model, config, asked.streams, asked.prefix_length)
+    if (how := asked.quantization) is not None:
+        config = _quantize(source, model, config, replace(how, recipe=None) if how.learns else how)
+    return model, config
+
+
+def _computed(
+    source: Source, folder: Path, asked: ConvertSettings, progress: bool
+) -> tuple[Model, dict, tuple[float, float] | None]:
+    """The model with its streams, quantised; and the perplexity before and after grafting."""
+    check_weights(find_safetensors(folder).files, _dtype(asked))
+    model, config = load_model(folder, lazy=True, dtype=_dtype(asked))
+    perplexities = None
+    if asked.streams is not None:
+        sizes = dict(streams=asked.streams, prefix_length=asked.prefix_length)
+        config, perplexities = _graft(folder, model, config, asked.text, progress, **sizes)
+    if asked.quantization is not None and asked.quantization.learns:
+        model, config = _learn(source, folder, model, config, asked.quantization)
+    elif asked.quantization is not None:
+        config = _quantize(source, model, config, asked.quantization)
+    return model, config, perplexities
+
+
+def _finished(model: Model, config: dict, asked: ConvertSettings) -> tuple[Model, dict]:
+    if asked.to == "hf":
+        model, config = dequantized(model, config)
+    if asked.with_model_file:
+        check_model_file(config)
+    return model, config
+
+
+def _dtype(asked: ConvertSettings) -> mx.Dtype | None:
+    return getattr(mx, asked.dtype) if asked.dtype else None
 
 
 def find_source(source: str | Path, revision: str | None = None) -> Source:
@@ -310,11 +315,12 @@ def _quantize(
 
 
 def _learn(
-    source: Source, folder: Path, model: Model, config: dict, how: Quantization, text: str | None
+    source: Source, folder: Path, model: Model, config: dict, how: Quantization
 ) -> tuple[Model, dict]:
     """Quantise a copy of ``model`` that is in memory, beside the full one that it learns from."""
     tokenizer = load_tokenizer(folder, config)
-    windows = cut_windows(tokenizer, graft.default_text() if text is None else text, how.windows)
+    text = graft.default_text() if how.text is None else how.text
+    windows = cut_windows(tokenizer, text, how.windows)
     teacher, _ = load_model(folder)
     if model.args.streams > teacher.args.streams:
         layers = [layer.self_attn for layer in model.layers]

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import dequantize_model, get_total_parameters, make_shards, save_config
 from parscale_core.checkpoint.names import INTERNAL_COLUMNS, published_columns, published_name
+from parscale_core.convert_settings import LAYOUTS
 from parscale_core.progress import progress_bar
 
 SHARD_GB = 2
@@ -19,7 +20,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_qwen2_parscale.Qwen2ParScaleForCausalLM",
 }
 AUTO_MAP = {kind: f"ParScale/ParScale-1.8B-P8--{name}" for kind, name in AUTO_MAP.items()}
-LAYOUTS = {"mlx": "mlx", "hf": "pt"}  # name: what a safetensors file says of its format
 
 
 def write_model(

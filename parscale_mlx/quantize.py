@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from parscale_mlx.model import Model
@@ -16,50 +16,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
 from mlx.utils import tree_flatten
-from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.quant.dwq import dwq_quantize
 from mlx_lm.quant.dynamic_quant import estimate_sensitivities
 from mlx_lm.utils import quantize_model
+from parscale_core.convert_settings import LEARNT, MIXED, MODES, RECIPES, Quantization
 
-MODES = {  # mode: its default group size and bits
-    "affine": (64, 4),
-    "mxfp4": (32, 4),
-    "nvfp4": (16, 4),
-    "mxfp8": (32, 8),
-}
-LEARNT = ("dwq", "dynamic")
-RECIPES = (*QUANT_RECIPES, *LEARNT)
 MORE_BITS = {2: 4, 3: 4, 4: 6, 5: 6, 6: 8}  # what "dynamic" gives the sensitive half of the weights
 WINDOW, HELD_OUT = 256, 8  # tokens a window of the text; windows that are not learnt from
 LEARNING_RATE = 3e-5
 SEED = 0
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How to quantise.
-
-    Attributes:
-        bits, group_size, mode: as ``mlx.core.quantize``; by default what suits the mode.
-        recipe: None for all weights alike; one of mlx-lm's mixed recipes (more bits for the first
-            and last layers' v_proj and down_proj), which choose the bits themselves; "dynamic":
-            more bits for the half of the weights that a gradient shows to be sensitive; "dwq":
-            scales and biases learnt from the full model's logits.
-        everything: quantise the aggregator too.
-        windows: how many windows of text to learn from.
-    """
-
-    bits: int | None = None
-    group_size: int | None = None
-    mode: str = "affine"
-    recipe: str | None = None
-    everything: bool = False
-    windows: int = 64
-
-    @property
-    def learns(self) -> bool:
-        """Whether the recipe computes with the full model and a text."""
-        return self.recipe in LEARNT
 
 
 def check_quantization(how: Quantization) -> Quantization:
@@ -74,7 +40,7 @@ def check_quantization(how: Quantization) -> Quantization:
     if how.recipe is not None:
         _check_recipe(how)
     usual_group_size, usual_bits = MODES[how.mode]
-    if how.recipe in QUANT_RECIPES:  # named by their fewest and most bits
+    if how.recipe in MIXED:  # named by their fewest and most bits
         usual_bits = int(how.recipe.split("_")[1])
     group_size, bits = how.group_size or usual_group_size, how.bits or usual_bits
     try:
@@ -91,7 +57,7 @@ def _check_recipe(how: Quantization) -> None:
         raise ValueError(f"recipe {how.recipe!r} goes with the mode affine only, not {how.mode}")
     if how.everything:
         raise ValueError(f"recipe {how.recipe!r} leaves the aggregator as it is")
-    if how.recipe in QUANT_RECIPES and how.bits is not None:
+    if how.recipe in MIXED and how.bits is not None:
         raise ValueError(f"recipe {how.recipe!r} chooses the bits itself")
     if how.recipe in LEARNT and how.bits not in (None, *MORE_BITS):
         raise ValueError(f"recipe {how.recipe!r} learns with fewer than 8 bits")
@@ -134,7 +100,7 @@ def quantize(
     predicate = None
     if how.everything:
         predicate = lambda path, module: True  # noqa: E731
-    elif how.recipe in QUANT_RECIPES:
+    elif how.recipe in MIXED:
         assert how.group_size is not None
         predicate = _but_aggregator(
             mixed_quant_predicate_builder(how.recipe, model, how.group_size)

@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import click
+from parscale_core.convert_settings import (
+    DTYPES,
+    LEARNT,
+    MODES,
+    RECIPES,
+    ConvertSettings,
+    Quantization,
+)
 
-from parscale_cli.options.command import argument, command, option, refuse
-from parscale_cli.options.common import FILE, folder_options, json_option, layout_option
-from parscale_cli.options.types import OneOf, Whole
+from parscale_cli.options.command import argument, command, default_of, option, refuse
+from parscale_cli.options.common import folder_options, json_option, layout_option
+from parscale_cli.options.types import OneOf, TextFile, Whole
 
 Q_OPTIONS = {  # by the option, the field of ``Quantization``
     "q_bits": "bits",
@@ -17,7 +24,20 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
     "q_recipe": "recipe",
     "q_windows": "windows",
     "quantize_all": "everything",
+    "q_text": "text",
 }
+
+
+def _quantising(name: str, *, section: str = "Quantisation", **settings):
+    """An option that is a field of ``Quantization``."""
+    default = default_of(Quantization, Q_OPTIONS[name])
+    flag = f"--{name.replace('_', '-')}"
+    return option(flag, name, section=section, default=default, show_default=True, **settings)
+
+
+def _setting(name: str, **settings):
+    """An option that is a field of ``ConvertSettings``."""
+    return option(f"--{name.replace('_', '-')}", name, of=ConvertSettings, **settings)
 
 
 @command()
@@ -34,7 +54,7 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
 @option(
     "--dtype",
     section="Output",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
+    type=click.Choice(DTYPES),
     help="Type of the weights that are not quantised; by default the stored one.",
 )
 @option(
@@ -57,51 +77,42 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
     is_flag=True,
     help="Quantise, all but prefixes and aggregator.",
 )
-@option(
-    "--q-bits",
-    section="Quantisation",
+@_quantising(
+    "q_bits",
     type=OneOf(2, 3, 4, 5, 6, 8),
     help="Bits a weight; by default 4, for mxfp8 8.",
 )
-@option(
-    "--q-group-size",
-    section="Quantisation",
+@_quantising(
+    "q_group_size",
     type=OneOf(16, 32, 64, 128),
     help="Weights that share a scale; by default 64 for affine, and what the other modes ask for.",
 )
-@option(
-    "--q-mode",
-    section="Quantisation",
-    type=click.Choice(["affine", "mxfp4", "nvfp4", "mxfp8"]),
-    help="Kind of quantisation.  [default: affine]",
+@_quantising(
+    "q_mode",
+    type=click.Choice(list(MODES)),
+    help="Kind of quantisation.",
 )
-@option(
-    "--q-recipe",
-    section="Quantisation",
-    type=click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6", "dynamic", "dwq"]),
+@_quantising(
+    "q_recipe",
+    type=click.Choice(RECIPES),
     help="mixed: mlx-lm's recipes of two numbers of bits; dynamic: more bits for the half of the "
     "weights that needs them; dwq: scales learnt from the full model.",
 )
-@option(
-    "--q-text",
-    "q_text_file",
-    section="Quantisation",
-    type=FILE,
+@_quantising(
+    "q_text",
+    type=TextFile(),
     metavar="FILE",
     help="What dynamic and dwq learn from; by default English that comes with Python.",
 )
-@option(
-    "--q-windows",
-    section="Quantisation",
+@_quantising(
+    "q_windows",
     type=Whole(4),
     metavar="N",
-    help="Windows of 256 tokens that dynamic and dwq learn from.  [default: 64]",
+    help="Windows of 256 tokens that dynamic and dwq learn from.",
 )
-@option(
-    "--quantize-all",
-    section="Quantisation",
+@_quantising(
+    "quantize_all",
     is_flag=True,
-    default=None,
     help="Quantise the aggregator too.",
 )
 @option(
@@ -111,80 +122,57 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
     metavar="P",
     help="Graft P streams onto a plain model, to be trained.",
 )
-@option(
-    "--prefix-length",
+@_setting(
+    "prefix_length",
     section="Streams",
     type=Whole(1),
     metavar="N",
-    help="Tokens of the grafted prefixes.  [default: 48]",
+    help="Tokens of the grafted prefixes.",
 )
-@option(
-    "--text",
-    "text_file",
+@_setting(
+    "text",
     section="Streams",
-    type=FILE,
+    type=TextFile(),
     metavar="FILE",
     help="What the grafted prefixes are made from; by default English that comes with Python.",
 )
 @click.pass_context
-def convert(
-    ctx, source, output, quantize, text_file, q_text_file, prefix_length, as_json, **options
-):
+def convert(ctx, source, output, quantize, as_json, **options):
     """Convert a checkpoint to an MLX folder, or with --to hf back to a published one.
 
     SOURCE is a folder of safetensors or PyTorch pickles, a GGUF file, or a name on the hub.
     """
     asked = {name: options.pop(name) for name in Q_OPTIONS}
     if not quantize:
-        refuse(ctx, "needs --quantize", *Q_OPTIONS, "q_text_file")
+        refuse(ctx, "needs --quantize", *Q_OPTIONS)
     if options["streams"] is None:
-        refuse(ctx, "needs --streams", "prefix_length", "text_file")
+        refuse(ctx, "needs --streams", "prefix_length", "text")
     if options["to"] == "hf" and options["with_model_file"]:
         raise click.UsageError("--mlx-lm cannot go with --to hf")
     if options["to"] == "hf" and quantize:
         raise click.UsageError("--quantize cannot go with --to hf: it is MLX's own quantisation")
     from parscale_mlx.convert import convert as run
 
-    result = run(
-        source,
-        output,
-        quantization=_quantization(ctx, asked) if quantize else None,
-        q_text=_read_text(q_text_file),
-        prefix_length=prefix_length or 48,
-        text=_read_text(text_file),
-        progress=True,
-        **options,
-    )
+    options["quantization"] = _quantization(ctx, asked) if quantize else None
+    result = run(source, output, progress=True, **options)
     if as_json:
         click.echo(json.dumps(dataclasses.asdict(result) | {"dry_run": options["dry_run"]}))
     else:
         _print(result, options["dry_run"])
 
 
-def _quantization(ctx: click.Context, asked: dict):
-    from parscale_mlx.quantize import LEARNT, Quantization, check_quantization
+def _quantization(ctx: click.Context, asked: dict) -> Quantization:
+    from parscale_mlx.quantize import check_quantization
 
     if asked["q_recipe"] not in LEARNT:
-        refuse(ctx, f"needs --q-recipe {' or '.join(LEARNT)}", "q_text_file", "q_windows")
-    given = {name: value for name, value in asked.items() if value is not None}
-    fields = {Q_OPTIONS[name]: value for name, value in given.items()}
-    quantization = Quantization(**fields)
+        refuse(ctx, f"needs --q-recipe {' or '.join(LEARNT)}", "q_text", "q_windows")
+    quantization = Quantization(**{field: asked[name] for name, field in Q_OPTIONS.items()})
     try:
         check_quantization(quantization)
     except ValueError as error:
-        field = "q_recipe" if "q_recipe" in given else "q_mode"
-        name = f"--{field.replace('_', '-')} {given.get(field, 'affine')}"
-        raise click.UsageError(f"{name}: {error}") from error
+        name = "q_mode" if asked["q_recipe"] is None else "q_recipe"
+        raise click.UsageError(f"--{name.replace('_', '-')} {asked[name]}: {error}") from error
     return quantization
-
-
-def _read_text(file: Path | None) -> str | None:
-    if file is None:
-        return None
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text") from error
 
 
 def _print(result, dry_run: bool) -> None:

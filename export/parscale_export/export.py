@@ -81,7 +81,7 @@ def export_onnx(
     options = replace(options, longest_prefix=longest)
     chunks = []
     if options.precision == "w8a8":
-        chunks = calibration_tokens(checkpoint, asked.calibrate and Path(asked.calibrate))
+        chunks = calibration_tokens(checkpoint, Path(asked.calibrate) if asked.calibrate else None)
     with working_folder(output) as work:
         smoothing = None
         if chunks:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from parscale_mlx.adapter import load_adapter, save_adapter
 from parscale_mlx.convert import convert
-from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 from parscale_core.checkpoint.adapter import fingerprint
+from parscale_core.convert_settings import Quantization
 from plan import Plan
 from runs import stage_two
 

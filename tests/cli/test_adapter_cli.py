@@ -85,9 +85,9 @@ def test_convert_to_the_published_layout(parscale, model, tmp_path):
 def test_the_default_model_brings_its_adapters(parscale, backbone, adapter, tmp_path, monkeypatch):
     from parscale_mlx.adapter import load_adapter, save_adapter
     from parscale_mlx.convert import convert
-    from parscale_mlx.quantize import Quantization
 
     from parscale_core.checkpoint.adapter import fingerprint
+    from parscale_core.convert_settings import Quantization
 
     folder = tmp_path / "default"
     convert(backbone, folder, quantization=Quantization(bits=8, group_size=32), dtype="float16")

@@ -8,13 +8,13 @@ from parscale_mlx import generate, load, load_adapter, load_model, with_streams
 from parscale_mlx.adapter import Adapter, save_adapter
 from parscale_mlx.convert import convert
 from parscale_mlx.fuse import fuse
-from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers.golden_cases import GOLDEN, TOLERANCE, difference, load_golden
 from parscale_core.checkpoint.adapter import find_adapters, fingerprint, pick_adapter
+from parscale_core.convert_settings import Quantization
 from safetensors.numpy import load_file, save_file
 
 PUBLISHED = "ParScale/ParScale-1.8B-P8"

@@ -6,13 +6,13 @@ import sys
 
 from parscale_mlx import load_model, model_folder
 from parscale_mlx.convert import convert
-from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers.golden_cases import CASES, GOLDEN, TOLERANCE, difference, load_golden
 from mlx.utils import tree_flatten
+from parscale_core.convert_settings import Quantization
 
 convert_module = sys.modules["parscale_mlx.convert"]
 

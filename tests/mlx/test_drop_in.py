@@ -9,7 +9,6 @@ from pathlib import Path
 
 import parscale_mlx
 from parscale_mlx.convert import convert
-from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import mlx_lm
@@ -19,6 +18,7 @@ from helpers.tiny_models import write_tokenizer
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache, trim_prompt_cache
 from mlx_lm.utils import load_model
+from parscale_core.convert_settings import Quantization
 
 FROM_SAFETENSORS = [case for case in CASES if case != "p2-torch-bin"]
 

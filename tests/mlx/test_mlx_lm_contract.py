@@ -14,9 +14,11 @@ import mlx.core as mx
 import pytest
 from helpers.byte_tokenizers import BYTES
 from helpers.golden_cases import load_golden
+from mlx_lm.convert import QUANT_RECIPES
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from parscale_core.convert_settings import MIXED
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -173,3 +175,7 @@ def test_the_tokenizer_in_the_wrapper():
     # Newer versions add the tokenizer's own.
     assert tokenizer is BYTES and {5, 6} <= ends <= {5, 6, BYTES.eos_token_id}
     assert parts.unwrapped(BYTES) == (BYTES, frozenset({BYTES.eos_token_id}))
+
+
+def test_recipes_are_mlx_lms():
+    assert set(MIXED) == set(QUANT_RECIPES)

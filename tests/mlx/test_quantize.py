@@ -4,13 +4,13 @@ import shutil
 
 import parscale_mlx
 from parscale_mlx.convert import convert
-from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import pytest
 from helpers.golden_cases import GOLDEN, difference
 from helpers.tiny_models import write_tokenizer
 from mlx_lm.convert import mixed_quant_predicate_builder
+from parscale_core.convert_settings import Quantization
 
 TEXT = "".join(f"line {n} of a text to learn from, {n * n} of all\n" for n in range(400))
 
@@ -24,7 +24,8 @@ def source(tmp_path_factory):
 
 
 def quantised(source, output, **how):
-    convert(source, output, quantization=Quantization(group_size=32, windows=8, **how), q_text=TEXT)
+    quantization = Quantization(group_size=32, windows=8, text=TEXT, **how)
+    convert(source, output, quantization=quantization)
     model, config = parscale_mlx.load_model(output)
     return model, config
 
@@ -86,5 +87,5 @@ def test_what_does_not_go_together(source, tmp_path, how, message):
 
 def test_a_text_that_is_too_short(source, tmp_path):
     with pytest.raises(ValueError, match="at least 3072"):
-        convert(source, tmp_path / "q", quantization=Quantization(recipe="dwq"), q_text="short")
+        convert(source, tmp_path / "q", quantization=Quantization(recipe="dwq", text="short"))
     assert not (tmp_path / "q").exists()

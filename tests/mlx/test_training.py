@@ -7,7 +7,6 @@ import shutil
 
 from parscale_mlx import Model, load_adapter, load_model
 from parscale_mlx.fuse import fuse
-from parscale_mlx.quantize import Quantization
 from parscale_mlx.training import TrainSettings, resume, train
 from parscale_mlx.training.batches import batch_indices, pack
 from parscale_mlx.training.documents import Document
@@ -22,6 +21,7 @@ from helpers.training_files import CONFIG, TEXT, write_config, write_model
 from mlx.utils import tree_flatten, tree_unflatten
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.names import is_stream_tensor
+from parscale_core.convert_settings import Quantization
 
 TIMES = ("tokens_per_second", "iterations_per_second", "val_time", "peak_memory")
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import parscale_mlx
 from parscale_mlx.adapter import save_adapter, take_streams
 from parscale_mlx.convert import convert
-from parscale_mlx.quantize import Quantization
 
 import mlx.core as mx
 import pytest
@@ -19,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 from parscale_core.checkpoint.adapter import fingerprint
 from parscale_core.checkpoint.config import ModelConfig
 from parscale_core.checkpoint.weight_files import read_header
+from parscale_core.convert_settings import Quantization
 
 CONFIG = {
     "model_type": "qwen2",

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import click
 from parscale_core.analysis.numbers import UNITS
@@ -138,3 +139,17 @@ class Draft(click.ParamType):
         if value.isdecimal() and 1 <= int(value) <= 64:
             return int(value)
         return self.fail("ngram, or a number of streams", param, ctx)
+
+
+class TextFile(click.Path):
+    """A file; its text is the value."""
+
+    def __init__(self):
+        super().__init__(exists=True, dir_okay=False, path_type=Path)
+
+    def convert(self, value, param, ctx) -> str:
+        file = Path(str(super().convert(value, param, ctx)))
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: not UTF-8 text") from error
