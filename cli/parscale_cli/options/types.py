@@ -152,4 +152,4 @@ class TextFile(click.Path):
         try:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 text") from error
+            raise click.ClickException(f"{file}: not UTF-8 text") from error
