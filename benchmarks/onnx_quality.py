@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from parscale_export import OnnxModel
+from parscale_export.runtime.scoring import token_losses
 from tokenizers import Tokenizer
 
 TOPICS = ("execmodel", "types", "objects", "import", "exceptions", "class", "typesseq",
@@ -26,14 +27,6 @@ def texts() -> dict[str, str]:
         "English": "\n\n".join(pydoc_data.topics.topics[name] for name in TOPICS),
         "Python": "\n\n".join((library / name).read_text(encoding="utf-8") for name in MODULES),
     }
-
-
-def losses(model: OnnxModel, ids: list[int]) -> np.ndarray:
-    """Negative log-likelihood of each token after the first, in nats."""
-    logits = model.logits(ids)[:-1]
-    logits -= logits.max(-1, keepdims=True)
-    chosen = np.take_along_axis(logits, np.array(ids)[1:, None], axis=1)[:, 0]
-    return np.log(np.exp(logits).sum(-1)) - chosen
 
 
 def main():
@@ -50,7 +43,7 @@ def main():
         for name, text in texts().items():
             ids = tokenizer.encode(text).ids[: args.tokens]
             starts = range(0, len(ids) - 1, args.piece)
-            parts = [losses(model, ids[start : start + args.piece]) for start in starts]
+            parts = token_losses(model, [ids[start : start + args.piece] for start in starts])
             perplexity = np.exp(np.concatenate(parts).mean())
             change = perplexity / first.setdefault(name, perplexity) - 1
             print(

@@ -131,18 +131,11 @@ def export_onnx(ctx, model, output, force, as_json, **options):
         refuse(ctx, "needs a quantised --precision", "block_size", "accuracy_level")
     if options["precision"] != "w8a8" and (options["precision"] or options["target"] != "cpu"):
         refuse(ctx, "needs --precision w8a8, or --target cpu without another", "calibrate")
-    from parscale_core.progress import hidden
+    from parscale_core.progress import stages_bar
     from parscale_export import OnnxModel, export_onnx
     from parscale_export.runtime.session import find_graphs
-    from tqdm import tqdm
 
-    with tqdm(disable=hidden(), leave=False) as bar:
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_description(what, refresh=False)
-            bar.update(done - bar.n)
-
+    with stages_bar() as progress:
         folder = export_onnx(model, output, force=force, progress=progress, **options)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     about, graphs = OnnxModel.describe(folder), find_graphs(folder)

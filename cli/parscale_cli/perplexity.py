@@ -149,32 +149,22 @@ def _scorers(model, adapters, streams, runtime, parallel) -> Iterator[tuple[int,
 
 
 def _onnx_scorers(model: str | None, adapters, streams) -> Iterator[tuple[int, Scorer]]:
-    import numpy as np
     from parscale_export import OnnxModel
     from parscale_export.runtime.opening import load_tokenizer
+    from parscale_export.runtime.scoring import token_losses
     from parscale_export.runtime.session import find_graphs
-
-    def losses(opened, texts: list[list[int]]) -> list[list[float]]:
-        rows = []
-        for text in texts:
-            logits = opened.logits(text[:-1]).astype(np.float64)
-            logits -= logits.max(axis=-1, keepdims=True)
-            chosen = np.take_along_axis(logits, np.array(text[1:])[:, None], axis=-1)[:, 0]
-            rows.append((np.log(np.exp(logits).sum(axis=-1)) - chosen).tolist())
-        return rows
 
     path = find_export(model, adapters, all_logits=True)
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
     for count in streams or find_graphs(path):
         opened = OnnxModel(path, streams=count)
-        yield count, Scorer(tokenizer, opened.context_length, partial(losses, opened))
+        yield count, Scorer(tokenizer, opened.context_length, partial(token_losses, opened))
 
 
 def _window_losses(scorer: Scorer, parts: list, batch_size: int, name: str) -> Iterator[float]:
-    from parscale_core.progress import hidden
-    from tqdm import tqdm
+    from parscale_core.progress import progress_bar
 
-    with tqdm(total=len(parts), desc=name, unit=" windows", disable=hidden(), leave=False) as bar:
+    with progress_bar(name, len(parts), " windows") as bar:
         for begin in range(0, len(parts), batch_size):
             batch = parts[begin : begin + batch_size]
             rows = scorer.losses([part.tokens for part in batch])

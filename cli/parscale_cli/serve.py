@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from parscale_core.engine.defaults import PROMPT_CACHE_BYTES, PROMPT_CACHE_SIZE
 from parscale_core.serve.settings import Settings
 
 from parscale_cli.engines import open_served
@@ -106,7 +107,7 @@ def _setting(*names: str, **settings):
     "--prompt-cache-size",
     section="KV cache",
     type=Whole(0),
-    default=10,
+    default=PROMPT_CACHE_SIZE,
     show_default=True,
     help="mlx: keep the KV caches of this many prompts for requests to come.",
 )
@@ -114,7 +115,7 @@ def _setting(*names: str, **settings):
     "--prompt-cache-bytes",
     section="KV cache",
     type=Whole(0, 2**63 - 1),
-    default=4 << 30,
+    default=PROMPT_CACHE_BYTES,
     show_default=True,
     help="Bytes at most for those.",
 )

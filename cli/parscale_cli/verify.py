@@ -160,6 +160,7 @@ def _token_ids(reference: _Reference, prompts: tuple[str, ...]) -> list[list[int
 
 def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int) -> dict:
     import numpy as np
+    from parscale_core.engine.logprobs import log_softmax
     from parscale_core.progress import hidden
     from tqdm import tqdm
 
@@ -172,7 +173,7 @@ def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int
             measures = ("max_difference", "mean_kl", "max_kl", "greedy_parts_at")
             return {"prompts": n + 1, "tokens": tokens, "finite": False} | dict.fromkeys(measures)
         differences.append(float(np.abs(actual - expected).max()))
-        p, q = _log_softmax(expected), _log_softmax(actual)
+        p, q = log_softmax(expected), log_softmax(actual)
         divergences.append((np.exp(p) * (p - q)).sum(-1))
         wrong = np.flatnonzero(actual.argmax(-1) != np.array(expected_tokens))
         if parts is None and wrong.size:
@@ -189,13 +190,6 @@ def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int
         "max_kl": max(float(every.max()), 0.0),
         "greedy_parts_at": parts,
     }
-
-
-def _log_softmax(logits):
-    import numpy as np
-
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def _print(report: dict, limit: float, kl_limit: float) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 from parscale_core.cache_folder import cache_folder
 from parscale_core.file_hash import sha256
-from parscale_core.progress import hidden
-from tqdm import tqdm
+from parscale_core.progress import stages_bar
 
 from parscale_export.export import export_onnx
 
@@ -40,12 +39,7 @@ def cached_export(folder: Path, adapters: Sequence[Path], *, all_logits: bool = 
     output.parent.mkdir(parents=True, exist_ok=True)
     if sys.stderr.isatty():
         print(f"Exporting {folder} once, into {output}", file=sys.stderr)
-    with tqdm(desc="exporting", unit=" tensors", disable=hidden(), leave=False) as bar:
-
-        def progress(_: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with stages_bar() as progress:
         try:
             export_onnx(folder, output, adapters=adapters, progress=progress, **options)
         except FileExistsError:

@@ -15,8 +15,7 @@ import mlx.core as mx
 from mlx_lm.utils import quantize_model
 from parscale_core.analysis.roofline import Work, step
 from parscale_core.analysis.shape import Precision, Shape, precision_of, shape_of
-from parscale_core.progress import hidden
-from tqdm import tqdm
+from parscale_core.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def measure_all(rates: dict, backbone: Backbone, plan: Plan) -> list[dict]:
     rows = []
     cases = [(b, length) for b in plan.batch for length in plan.prompt]
     turns = len(plan.quantisations) * len(cases) * (len(plan.streams) + 1) * (plan.repeats + 1)
-    with tqdm(total=turns, desc="measuring", disable=hidden(), leave=False) as bar:
+    with progress_bar("measuring", turns, "turn") as bar:
         for bits in plan.quantisations:
             plain, config, adapters = backbone.load(SMOLLM2)
             if bits != "none":

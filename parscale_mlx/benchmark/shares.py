@@ -17,8 +17,7 @@ from parscale_mlx.parallel.traffic import Traffic, sent_bytes, traffic_of_a_toke
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from parscale_core.checkpoint.folder import find_folder
-from parscale_core.progress import hidden
-from tqdm import tqdm
+from parscale_core.progress import progress_bar
 
 ALONE = "one process"
 ON_ITS_WAY = 0.1  # seconds after which what was handed to the system counts as sent
@@ -53,7 +52,7 @@ def measure_all(
         plan(mode, group, replace(plain.args, streams=P))  # refuses before long work
     rows = []
     turns = len(streams) * len(prompt) * (len(modes) + 1) * (repeats + 1)
-    with tqdm(total=turns, desc="measuring", disable=hidden(), leave=False) as bar:
+    with progress_bar("measuring", turns, "turn") as bar:
         for P in streams:
             whole = with_many_streams(plain, P, adapters)
             for length in prompt:

@@ -27,6 +27,7 @@ from parscale_mlx.parallel.watch import SETTLE
 
 import mlx.core as mx
 from parscale_core.engine import Answer, CacheOptions, Request, check
+from parscale_core.engine.defaults import PROMPT_CACHE_BYTES, PROMPT_CACHE_SIZE
 from parscale_core.engine.tokens import ModelTokens
 
 STOP = object()
@@ -56,8 +57,8 @@ class MlxEngine:
         *,
         draft_model: Model | None = None,
         batch_size: int = 32,
-        prompt_cache_size: int = 10,
-        prompt_cache_bytes: int = 4 << 30,
+        prompt_cache_size: int = PROMPT_CACHE_SIZE,
+        prompt_cache_bytes: int = PROMPT_CACHE_BYTES,
         cache: CacheOptions | None = None,
     ):
         self.models, self.batch_size = dict(models), batch_size

@@ -19,6 +19,7 @@ from pathlib import Path
 from parscale_mlx.parallel.ranks import all_sum, gather_bytes
 
 import mlx.core as mx
+from parscale_core.engine.defaults import WATCH_TIMEOUT
 from parscale_core.error_text import one_line
 
 CONNECT = 10.0  # seconds to wait for the connections of all ranks
@@ -28,11 +29,10 @@ KEEPALIVE = {"TCP_KEEPIDLE": 2, "TCP_KEEPALIVE": 2, "TCP_KEEPINTVL": 1, "TCP_KEE
 DONE = "\0"
 BEAT = b"\1"
 PULSE = 1.0  # seconds between two beats
-TIMEOUT = 60.0  # seconds without one until a rank counts as frozen
 
 
 @contextmanager
-def watched(group: mx.distributed.Group, timeout: float = TIMEOUT) -> Iterator[None]:
+def watched(group: mx.distributed.Group, timeout: float = WATCH_TIMEOUT) -> Iterator[None]:
     """While this runs, end this process when another rank dies, fails or freezes.
 
     Args:

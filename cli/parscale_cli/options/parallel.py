@@ -7,11 +7,10 @@ from functools import wraps
 from pathlib import Path
 
 import click
+from parscale_core.engine.defaults import WATCH_TIMEOUT
 
 from parscale_cli.options.command import option, refuse
 from parscale_cli.options.types import Mode, Real
-
-WATCH_TIMEOUT = 60.0  # seconds
 
 
 def parallel_option(command: Callable) -> Callable:

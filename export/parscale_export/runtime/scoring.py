@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
-from parscale_core.engine.logprobs import told
+from parscale_core.engine.logprobs import log_softmax, told
 
 from parscale_export.runtime.decoder import Decoder
 from parscale_export.runtime.model import OnnxModel
@@ -71,3 +71,16 @@ def score(
             yield row.score, row.is_likeliest
     finally:
         decoder.clear()
+
+
+def token_losses(model: OnnxModel, texts: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Cross entropy of each token but the first, in nats, given those before it.
+
+    Raises:
+        ValueError: the graph gives the last token's logits only, or has no such token.
+    """
+    rows = []
+    for text in texts:
+        logprobs = log_softmax(model.logits(text[:-1]))
+        rows.append((-logprobs[np.arange(len(text) - 1), np.asarray(text[1:])]).tolist())
+    return rows
