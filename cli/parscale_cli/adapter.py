@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from parscale_cli.options.command import Command, Group, argument, option
+from parscale_cli.options.command import Command, Group, argument, heading, option
 from parscale_cli.options.common import folder_options, json_option
 from parscale_cli.options.types import Real
 
@@ -19,19 +19,17 @@ def adapter():
 
 @adapter.command(cls=Command)
 @argument("source", metavar="SOURCE")
+@heading("Model")
 @option(
     "--backbone",
-    section="Model",
     required=True,
     metavar="DIR|NAME",
     help="The same model without streams: a folder or a hub name.",
 )
 @option(
     "--tolerance",
-    section="Model",
     type=Real(0, 1),
     default=0.0,
-    show_default=True,
     help="How far a number of the backbone may be from the source's.",
 )
 @folder_options("an adapter")

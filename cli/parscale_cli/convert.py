@@ -13,7 +13,7 @@ from parscale_core.convert_settings import (
     Quantization,
 )
 
-from parscale_cli.options.command import argument, command, default_of, option, refuse
+from parscale_cli.options.command import argument, command, default_of, heading, option, refuse
 from parscale_cli.options.common import folder_options, json_option, layout_option
 from parscale_cli.options.types import OneOf, TextFile, Whole
 
@@ -28,11 +28,11 @@ Q_OPTIONS = {  # by the option, the field of ``Quantization``
 }
 
 
-def _quantising(name: str, *, section: str = "Quantisation", **settings):
+def _quantising(name: str, **settings):
     """An option that is a field of ``Quantization``."""
     default = default_of(Quantization, Q_OPTIONS[name])
     flag = f"--{name.replace('_', '-')}"
-    return option(flag, name, section=section, default=default, show_default=True, **settings)
+    return option(flag, name, default=default, **settings)
 
 
 def _setting(name: str, **settings):
@@ -44,54 +44,32 @@ def _setting(name: str, **settings):
 @argument("source", metavar="SOURCE")
 @folder_options("a model folder")
 @layout_option
+@heading("Output")
 @option(
     "--mlx-lm",
     "with_model_file",
-    section="Output",
     is_flag=True,
     help="Add the model's code, so that mlx-lm's commands take it with --trust-remote-code.",
 )
 @option(
     "--dtype",
-    section="Output",
     type=click.Choice(DTYPES),
     help="Type of the weights that are not quantised; by default the stored one.",
 )
-@option(
-    "--dry-run",
-    section="Output",
-    is_flag=True,
-    help="Check the source and say what would be written.",
-)
-@option(
-    "--upload-repo",
-    section="Output",
-    metavar="OWNER/NAME",
-    help="Upload the result to this repository.",
-)
+@option("--dry-run", is_flag=True, help="Check the source and say what would be written.")
+@option("--upload-repo", metavar="OWNER/NAME", help="Upload the result to this repository.")
 @json_option
-@option(
-    "-q",
-    "--quantize",
-    section="Quantisation",
-    is_flag=True,
-    help="Quantise, all but prefixes and aggregator.",
-)
+@heading("Quantisation")
+@option("-q", "--quantize", is_flag=True, help="Quantise, all but prefixes and aggregator.")
 @_quantising(
-    "q_bits",
-    type=OneOf(2, 3, 4, 5, 6, 8),
-    help="Bits a weight; by default 4, for mxfp8 8.",
+    "q_bits", type=OneOf(2, 3, 4, 5, 6, 8), help="Bits a weight; by default 4, for mxfp8 8."
 )
 @_quantising(
     "q_group_size",
     type=OneOf(16, 32, 64, 128),
     help="Weights that share a scale; by default 64 for affine, and what the other modes ask for.",
 )
-@_quantising(
-    "q_mode",
-    type=click.Choice(list(MODES)),
-    help="Kind of quantisation.",
-)
+@_quantising("q_mode", type=click.Choice(list(MODES)), help="Kind of quantisation.")
 @_quantising(
     "q_recipe",
     type=click.Choice(RECIPES),
@@ -110,28 +88,17 @@ def _setting(name: str, **settings):
     metavar="N",
     help="Windows of 256 tokens that dynamic and dwq learn from.",
 )
-@_quantising(
-    "quantize_all",
-    is_flag=True,
-    help="Quantise the aggregator too.",
-)
+@_quantising("quantize_all", is_flag=True, help="Quantise the aggregator too.")
+@heading("Streams")
 @option(
     "--streams",
-    section="Streams",
     type=Whole(2, 64),
     metavar="P",
     help="Graft P streams onto a plain model, to be trained.",
 )
-@_setting(
-    "prefix_length",
-    section="Streams",
-    type=Whole(1),
-    metavar="N",
-    help="Tokens of the grafted prefixes.",
-)
+@_setting("prefix_length", type=Whole(1), metavar="N", help="Tokens of the grafted prefixes.")
 @_setting(
     "text",
-    section="Streams",
     type=TextFile(),
     metavar="FILE",
     help="What the grafted prefixes are made from; by default English that comes with Python.",

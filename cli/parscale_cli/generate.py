@@ -12,7 +12,7 @@ from parscale_core.engine import Request
 
 from parscale_cli import show
 from parscale_cli.engines import NO_STREAMS, follows, open_engine
-from parscale_cli.options.command import command, option, refuse
+from parscale_cli.options.command import command, heading, option, refuse
 from parscale_cli.options.common import (
     FILE,
     adapter_options,
@@ -32,11 +32,11 @@ from parscale_cli.prompts import encode, read_prompts
 @command()
 @model_option()
 @adapter_options
+@heading("Prompts")
 @option(
     "-p",
     "--prompt",
     "texts",
-    section="Prompts",
     multiple=True,
     metavar="TEXT",
     may_be_empty=True,
@@ -44,75 +44,52 @@ from parscale_cli.prompts import encode, read_prompts
 )
 @option(
     "--prompts-file",
-    section="Prompts",
     type=FILE,
     help='JSON lines: a string, {"prompt": ...} or {"messages": [...]} each.',
 )
-@option(
-    "--system",
-    section="Prompts",
-    metavar="TEXT",
-    help="System prompt, for models with a chat template.",
-)
+@option("--system", metavar="TEXT", help="System prompt, for models with a chat template.")
 @option(
     "--chat-template/--no-chat-template",
     "use_template",
-    section="Prompts",
     default=True,
     help="Put the prompt into the model's chat template (default), or take it as it is.",
 )
 @sampling_options
+@heading("Sampling")
 @option(
-    "--json-schema",
-    section="Sampling",
-    type=FILE,
-    metavar="FILE",
-    help="Answer with JSON that this schema allows.",
+    "--json-schema", type=FILE, metavar="FILE", help="Answer with JSON that this schema allows."
 )
 @option(
     "--grammar",
-    section="Sampling",
     type=FILE,
     metavar="FILE",
     help="Answer with a text that this Lark grammar or regular expression allows.",
 )
+@heading("KV cache")
 @option(
     "--prompt-cache",
-    section="KV cache",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Reuse what this .safetensors file holds of the prompt; written after the answer.",
 )
 @quantised_cache_options
 @max_kv_size_option
-@option(
-    "--draft-model",
-    section="Drafts",
-    metavar="DIR|NAME",
-    help="A small model for speculative decoding.",
-)
+@heading("Drafts")
+@option("--draft-model", metavar="DIR|NAME", help="A small model for speculative decoding.")
 @option(
     "--draft",
-    section="Drafts",
     type=Draft(),
     metavar="ngram|P",
     help="Speculative decoding without a second model: drafts from the text so far, or by the "
     "model with P streams.",
 )
 @num_draft_tokens_option
+@heading("Output")
 @option(
-    "--show-streams",
-    section="Output",
-    is_flag=True,
-    help="Show the stream with the largest weight for each token.",
+    "--show-streams", is_flag=True, help="Show the stream with the largest weight for each token."
 )
 @json_option
-@option(
-    "--quiet",
-    section="Output",
-    is_flag=True,
-    help="No statistics, no progress and no hints on standard error.",
-)
-@option("--verbose", section="Output", is_flag=True, help="Say what computes, and how.")
+@option("--quiet", is_flag=True, help="No statistics, no progress and no hints on standard error.")
+@option("--verbose", is_flag=True, help="Say what computes, and how.")
 @runtime_options
 @parallel_option
 @click.pass_context

@@ -11,7 +11,7 @@ import click
 from parscale_core.error_text import not_finite
 
 from parscale_cli.engines import choose_runtime, find_export
-from parscale_cli.options.command import argument, command, option
+from parscale_cli.options.command import argument, command, heading, option
 from parscale_cli.options.common import (
     FILE,
     json_option,
@@ -52,35 +52,24 @@ class Scorer:
 )
 @many_streams_options
 @runtime_option
+@heading("Text")
 @option(
     "--window",
-    section="Text",
     type=Whole(2),
     help=f"Tokens to read at once.  [default: {ENOUGH}, or the model's context if that is shorter]",
 )
 @option(
     "--stride",
-    section="Text",
     type=Whole(1),
     help="Tokens from one window's beginning to the next.  [default: half a window]",
 )
-@option(
-    "--batch-size",
-    section="Text",
-    type=Whole(1),
-    default=1,
-    show_default=True,
-    help="Windows to compute at a time.",
-)
-@option(
-    "--limit", section="Text", type=Whole(1), metavar="N", help="Read the first N windows only."
-)
+@option("--batch-size", type=Whole(1), default=1, help="Windows to compute at a time.")
+@option("--limit", type=Whole(1), metavar="N", help="Read the first N windows only.")
+@heading("Output")
 @option(
     "--level",
-    section="Output",
     type=Real(0, 1, min_open=True, max_open=True),
     default=0.95,
-    show_default=True,
     help="Level of the confidence intervals.",
 )
 @json_option

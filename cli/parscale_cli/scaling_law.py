@@ -6,7 +6,7 @@ import json
 import click
 from parscale_core.analysis.numbers import count
 
-from parscale_cli.options.command import argument, command, option, refuse
+from parscale_cli.options.command import argument, command, heading, option, refuse
 from parscale_cli.options.common import FILE, check_plot, force_option, json_option, plot_option
 from parscale_cli.options.types import ParameterCount, Real, Whole, WholeNumbers
 
@@ -15,46 +15,30 @@ NAMES = ("E", "A", "alpha", "k")
 
 @command("scaling-law")
 @argument("table", required=False, type=FILE)
+@heading("Prediction")
 @option(
     "--parameters",
-    section="Prediction",
     type=ParameterCount(),
     help="Say what streams do for a model of N parameters outside the embedding, such as 1.6B.",
 )
 @option(
     "--streams",
-    section="Prediction",
     type=WholeNumbers("P,P"),
     default="1,2,4,8",
-    show_default=True,
     help="The numbers of streams to say it for.",
 )
+@heading("Intervals")
 @option(
     "--bootstrap",
-    section="Intervals",
     type=Whole(10, 100_000),
     default=200,
-    show_default=True,
     metavar="N",
     help="Resamples for the intervals.",
 )
 @option(
-    "--confidence",
-    section="Intervals",
-    type=Real(50, 99.9),
-    default=95,
-    show_default=True,
-    metavar="PERCENT",
-    help="Of the intervals.",
+    "--confidence", type=Real(50, 99.9), default=95, metavar="PERCENT", help="Of the intervals."
 )
-@option(
-    "--seed",
-    section="Intervals",
-    type=Whole(0),
-    default=0,
-    show_default=True,
-    help="Of the resamples.",
-)
+@option("--seed", type=Whole(0), default=0, help="Of the resamples.")
 @plot_option("lines of equal loss over parameters and streams")
 @force_option("Replace an existing plot.")
 @json_option

@@ -10,7 +10,7 @@ from parscale_core.engine.defaults import PROMPT_CACHE_BYTES, PROMPT_CACHE_SIZE
 from parscale_core.serve.settings import Settings
 
 from parscale_cli.engines import open_served
-from parscale_cli.options.command import command, option, take
+from parscale_cli.options.command import command, heading, option, take
 from parscale_cli.options.common import (
     adapter_options,
     model_option,
@@ -32,29 +32,16 @@ def _setting(*names: str, **settings):
 @command()
 @model_option()
 @adapter_options
+@heading("Model")
 @option(
     "--name",
-    section="Model",
     help="What clients call the model; NAME:pP is the one with P streams.  [default: the folder's]",
 )
-@option(
-    "--host",
-    section="Connections",
-    default="127.0.0.1",
-    show_default=True,
-    help="Address to listen on.",
-)
-@option(
-    "--port",
-    section="Connections",
-    type=Whole(0, 65535),
-    default=8080,
-    show_default=True,
-    help="Port to listen on; 0 for a free one.",
-)
+@heading("Connections")
+@option("--host", default="127.0.0.1", help="Address to listen on.")
+@option("--port", type=Whole(0, 65535), default=8080, help="Port to listen on; 0 for a free one.")
 @option(
     "--api-key",
-    section="Connections",
     envvar=KEY,
     metavar="KEY",
     may_be_empty=True,
@@ -63,7 +50,6 @@ def _setting(*names: str, **settings):
 @option(
     "--allow-origin",
     "allowed_origins",
-    section="Connections",
     multiple=True,
     metavar="ORIGIN",
     help="Web pages that may call, as https://example.org or *; may be given several times.",
@@ -86,10 +72,10 @@ def _setting(*names: str, **settings):
     metavar="SECONDS",
     help="For a client to send its request, and to take what it is sent.",
 )
+@heading("Sampling")
 @option(
     "-n",
     "--max-tokens",
-    section="Sampling",
     of=Settings,
     type=Whole(1),
     help="Tokens in an answer at most, and where a request does not say.",
@@ -97,48 +83,42 @@ def _setting(*names: str, **settings):
 @option(
     "--temp",
     "temperature",
-    section="Sampling",
     of=Settings,
     type=Real(0, 100),
     help="Sampling temperature where a request does not say.",
 )
 @quantised_cache_options
+@heading("KV cache")
 @option(
     "--prompt-cache-size",
-    section="KV cache",
     type=Whole(0),
     default=PROMPT_CACHE_SIZE,
-    show_default=True,
     help="mlx: keep the KV caches of this many prompts for requests to come.",
 )
 @option(
     "--prompt-cache-bytes",
-    section="KV cache",
     type=Whole(0, 2**63 - 1),
     default=PROMPT_CACHE_BYTES,
-    show_default=True,
     help="Bytes at most for those.",
 )
+@heading("Drafts")
 @option(
     "--draft-model",
-    section="Drafts",
     metavar="DIR|NAME|NAME:pP",
     help="A model for speculative decoding, or one of those served. Answers then come one at a "
     "time, not in a batch.",
 )
 @option(
     "--draft",
-    section="Drafts",
     type=click.Choice(["ngram"]),
     help="Speculative decoding without a second model: drafts from the text so far.",
 )
 @num_draft_tokens_option
+@heading("Output")
 @option(
     "--log-level",
-    section="Output",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
-    show_default=True,
     help="info logs a line for each request, without its text.",
 )
 @runtime_options

@@ -8,150 +8,120 @@ import click
 from parscale_core.train_settings import DTYPES, INITS, STAGES, TrainSettings
 
 from parscale_cli.errors import with_dashes
-from parscale_cli.options.command import command, given, option, refuse
+from parscale_cli.options.command import command, given, heading, option, refuse
 from parscale_cli.options.common import FOLDER, force_option, json_option, output_option
 from parscale_cli.options.types import Real, Whole
 
 
-def _setting(section: str, *names: str, **settings):
-    return option(*names, section=section, of=TrainSettings, **settings)
+def _setting(*names: str, **settings):
+    return option(*names, of=TrainSettings, **settings)
 
 
 @command()
+@heading("Model")
+@_setting("--model", metavar="DIR|NAME", help="The model to start from: a folder or hub name.")
 @_setting(
-    "Model", "--model", metavar="DIR|NAME", help="The model to start from: a folder or hub name."
-)
-@_setting(
-    "Model",
     "--config",
     type=FOLDER,
     metavar="DIR",
     help="Start from nothing but this folder's config.json and tokenizer.",
 )
-@_setting("Model", "--adapter", type=FOLDER, metavar="DIR", help="A stream adapter to start from.")
+@_setting("--adapter", type=FOLDER, metavar="DIR", help="A stream adapter to start from.")
 @option(
     "--stage",
-    section="Model",
     type=click.Choice(STAGES),
     help="Train a decoder on packed documents, or P streams over one.",
 )
 @option(
     "--freeze-backbone/--train-all",
     "frozen",
-    section="Model",
     default=True,
     help="Train prefixes and aggregator only, to an adapter (default), or the whole model.",
 )
-@_setting(
-    "Model", "--dtype", type=click.Choice(DTYPES), help="Type of the weights that are trained."
-)
+@_setting("--dtype", type=click.Choice(DTYPES), help="Type of the weights that are trained.")
+@heading("Data")
 @option(
     "--data",
-    section="Data",
     multiple=True,
     metavar="PATH|NAME",
     help="Text, JSON lines as mlx-lm takes them, a folder of either, or a hub data set.",
 )
-@option(
-    "--valid", section="Data", multiple=True, metavar="PATH|NAME", help="Held-out data, as --data."
-)
+@option("--valid", multiple=True, metavar="PATH|NAME", help="Held-out data, as --data.")
 @_setting(
-    "Data",
-    "--hold-out",
-    type=Real(0, 0.5),
-    help="Without --valid, hold out this share of the documents.",
+    "--hold-out", type=Real(0, 0.5), help="Without --valid, hold out this share of the documents."
 )
-@_setting("Data", "--pattern", help='Which files of a folder, such as "*.py".')
+@_setting("--pattern", help='Which files of a folder, such as "*.py".')
+@_setting("--seq-length", type=Whole(1), help="Tokens of a packed window; at most, of a sample.")
+@_setting("--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
+@heading("Streams")
 @_setting(
-    "Data", "--seq-length", type=Whole(1), help="Tokens of a packed window; at most, of a sample."
-)
-@_setting("Data", "--truncate", is_flag=True, help="Cut longer samples instead of refusing them.")
-@_setting(
-    "Streams",
     "--streams",
     type=Whole(1, 64),
     metavar="P",
     help="Graft P streams; 1 is a prefix alone, to compare streams with.",
 )
-@_setting("Streams", "--prefix-length", type=Whole(1), help="Tokens of the grafted prefixes.")
+@_setting("--prefix-length", type=Whole(1), help="Tokens of the grafted prefixes.")
 @_setting(
-    "Streams",
-    "--smoothing",
-    type=Real(0, 1),
-    help="Share of the streams' weights that is spread evenly.",
+    "--smoothing", type=Real(0, 1), help="Share of the streams' weights that is spread evenly."
 )
 @_setting(
-    "Streams",
     "--init",
     type=click.Choice(INITS),
     help="Make the grafted prefixes from pieces of the training text, or at random.",
 )
 @_setting(
-    "Streams",
     "--prefix-projection",
     is_flag=True,
     help="Train a small MLP that makes the prefixes, as PEFT does; the adapter holds what it made.",
 )
 @_setting(
-    "Streams",
     "--encoder-hidden-size",
     type=Whole(1),
     help="Size of that MLP's hidden layer.  [default: the model's hidden size]",
 )
-@_setting("Steps", "--batch-size", type=Whole(1), help="Sequences at a time, over all machines.")
-@_setting("Steps", "--accumulate", type=Whole(1), help="Batches whose gradients make one step.")
-@_setting("Steps", "--steps", type=Whole(1), help="Steps of the optimiser.")
-@_setting("Steps", "--lr", type=Real(0, min_open=True), help="Learning rate at its peak.")
+@heading("Steps")
+@_setting("--batch-size", type=Whole(1), help="Sequences at a time, over all machines.")
+@_setting("--accumulate", type=Whole(1), help="Batches whose gradients make one step.")
+@_setting("--steps", type=Whole(1), help="Steps of the optimiser.")
+@_setting("--lr", type=Real(0, min_open=True), help="Learning rate at its peak.")
 @_setting(
-    "Steps",
     "--streams-lr",
     type=Real(0, min_open=True),
     help="The same, of the prefixes.  [default: as --lr]",
 )
 @_setting(
-    "Steps",
     "--aggregator-lr",
     type=Real(0, min_open=True),
     help="The same, of the aggregator: where it learns faster than the prefixes, it soon takes one "
     "stream for all.  [default: as --streams-lr]",
 )
+@_setting("--warmup", type=Whole(0), help="Steps of warm-up.  [default: a twentieth of all]")
 @_setting(
-    "Steps", "--warmup", type=Whole(0), help="Steps of warm-up.  [default: a twentieth of all]"
+    "--final-lr", type=Real(0, 1), help="Where the cosine decay ends, as a share of the peak."
 )
+@_setting("--weight-decay", type=Real(0), help="AdamW's.")
+@_setting("--clip", type=Real(0), help="The gradients' norm at most; 0 for any.")
 @_setting(
-    "Steps",
-    "--final-lr",
-    type=Real(0, 1),
-    help="Where the cosine decay ends, as a share of the peak.",
+    "--grad-checkpoint", is_flag=True, help="Compute layers twice instead of keeping their values."
 )
-@_setting("Steps", "--weight-decay", type=Real(0), help="AdamW's.")
-@_setting("Steps", "--clip", type=Real(0), help="The gradients' norm at most; 0 for any.")
-@_setting(
-    "Steps",
-    "--grad-checkpoint",
-    is_flag=True,
-    help="Compute layers twice instead of keeping their values.",
-)
-@_setting("Steps", "--seed", type=Whole(0, 2**64 - 1), help="Seed of random numbers.")
+@_setting("--seed", type=Whole(0, 2**64 - 1), help="Seed of random numbers.")
 @output_option("The run's folder: metrics, checkpoints, and in the end model or adapter.")
+@heading("Output")
 @option(
     "--resume",
-    section="Output",
     type=FOLDER,
     metavar="DIR",
     help="Go on with this run from its last checkpoint; takes no other option.",
 )
 @force_option("Replace the output if it is a run's folder.")
-@_setting("Output", "--report-every", type=Whole(1), help="Steps from one report to the next.")
-@_setting("Output", "--eval-every", type=Whole(1), help="Steps from one evaluation to the next.")
-@_setting(
-    "Output", "--eval-sequences", type=Whole(1), help="Evaluate on this many only.  [default: all]"
-)
-@_setting("Output", "--save-every", type=Whole(1), help="Steps from one checkpoint to the next.")
-@_setting("Output", "--keep", type=Whole(1), help="Checkpoints to keep.")
-@_setting("Output", "--report-to", metavar="NAMES", help="Report to wandb, swanlab, or both.")
-@_setting("Output", "--project-name", metavar="NAME", help="The project's name there.")
-@option("--quiet", section="Output", is_flag=True, help="No progress on standard error.")
+@_setting("--report-every", type=Whole(1), help="Steps from one report to the next.")
+@_setting("--eval-every", type=Whole(1), help="Steps from one evaluation to the next.")
+@_setting("--eval-sequences", type=Whole(1), help="Evaluate on this many only.  [default: all]")
+@_setting("--save-every", type=Whole(1), help="Steps from one checkpoint to the next.")
+@_setting("--keep", type=Whole(1), help="Checkpoints to keep.")
+@_setting("--report-to", metavar="NAMES", help="Report to wandb, swanlab, or both.")
+@_setting("--project-name", metavar="NAME", help="The project's name there.")
+@option("--quiet", is_flag=True, help="No progress on standard error.")
 @json_option
 @click.pass_context
 def train(context, resume, force, quiet, as_json, **options):

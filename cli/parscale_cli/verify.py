@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from parscale_core.error_text import not_finite
 
-from parscale_cli.options.command import argument, command, option
+from parscale_cli.options.command import argument, command, heading, option
 from parscale_cli.options.common import FOLDER, check_option, json_option, provider_option
 from parscale_cli.options.types import Real, Whole
 
@@ -29,48 +29,33 @@ TOLERANCES = {
 
 @command()
 @argument("export", metavar="DIR", type=click.Path(path_type=Path))
-@option(
-    "--against",
-    section="Model",
-    required=True,
-    metavar="DIR|NAME",
-    help="The model it was made from.",
-)
+@heading("Model")
+@option("--against", required=True, metavar="DIR|NAME", help="The model it was made from.")
 @option(
     "--adapter",
-    section="Model",
     type=FOLDER,
     metavar="DIR",
     help="The stream adapter that the model has to be taken with.",
 )
+@heading("Prompts")
 @option(
     "-p",
     "--prompt",
     "prompts",
-    section="Prompts",
     multiple=True,
     metavar="TEXT",
     help="Compare on this text; may be given several times.",
 )
-@option(
-    "-n",
-    "--tokens",
-    section="Prompts",
-    type=Whole(1),
-    default=32,
-    show_default=True,
-    help="Greedy tokens to follow each prompt.",
-)
+@option("-n", "--tokens", type=Whole(1), default=32, help="Greedy tokens to follow each prompt.")
+@heading("Tolerance")
 @option(
     "--max-difference",
-    section="Tolerance",
     type=Real(0),
     metavar="LOGIT",
     help="Largest logit difference to accept; by default it depends on the precision.",
 )
 @option(
     "--max-kl",
-    section="Tolerance",
     type=Real(0),
     metavar="NATS",
     help="Largest mean KL divergence to accept; by default likewise.",

@@ -17,19 +17,20 @@ class Option(click.Option):
     """An option in a section of its command's help, which takes no empty text.
 
     Args:
-        section: its heading.
+        section: its heading; by default that of the ``heading`` above it.
         of: the dataclass that has a field of this name, with the default.
         may_be_empty: take "" as a value.
     """
 
     def __init__(
-        self, *args, section: str = REST, of: type | None = None, may_be_empty=False, **kw
+        self, *args, section: str | None = None, of: type | None = None, may_be_empty=False, **kw
     ):
         self.section, self.may_be_empty = section, may_be_empty
         super().__init__(*args, **kw)
         if of is not None:
             self.default = default_of(of, self.name or "")
-            self.show_default = True
+        told = isinstance(self.default, bool) or "[default" in (self.help or "")
+        self.show_default = kw.get("show_default", not told)
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         _refuse_empty(self, ctx, value)
@@ -64,7 +65,7 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
-                section = getattr(parameter, "section", REST)
+                section = getattr(parameter, "section", None) or REST
                 sections.setdefault(section, []).append(record)
         rest = sections.pop(REST, [])
         for section, records in [*sections.items(), (REST, rest)]:
@@ -95,6 +96,18 @@ def command(name: str | None = None, **settings: Any) -> Callable:
 def option(*names: str, **settings: Any) -> Callable:
     """As ``click.option``; see ``Option``."""
     return click.option(*names, cls=Option, **settings)
+
+
+def heading(section: str) -> Callable:
+    """Stands above options, and says in which section of the help they are."""
+
+    def label(command: Any) -> Any:
+        for parameter in command.__click_params__:
+            if isinstance(parameter, Option) and parameter.section is None:
+                parameter.section = section
+        return command
+
+    return label
 
 
 def argument(name: str, **settings: Any) -> Callable:

@@ -56,7 +56,7 @@ runtime_options = together(
     runtime_option,
     provider_option,
     check_option,
-    option("--device-id", section="ONNX", type=Whole(0), default=0, show_default=True,
+    option("--device-id", section="ONNX", type=Whole(0), default=0,
            help="Which CUDA device."),
     option("--threads", section="ONNX", type=Whole(1, 4096),
            help="Threads on the CPU; by default one a core."),
@@ -68,7 +68,7 @@ runtime_options = together(
 
 def _cache_option(field: str, *names: str, **settings):
     default = default_of(CacheOptions, field)
-    return option(*names, section="KV cache", default=default, show_default=True, **settings)
+    return option(*names, section="KV cache", default=default, **settings)
 
 
 max_kv_size_option = _cache_option(
@@ -106,7 +106,7 @@ def force_option(help: str):
 
 
 layout_option = option(
-    "--to", section="Output", type=click.Choice(["mlx", "hf"]), default="mlx", show_default=True,
+    "--to", section="Output", type=click.Choice(["mlx", "hf"]), default="mlx",
     help="MLX's layout, or what the published PyTorch classes load (never quantised).",
 )  # fmt: skip
 

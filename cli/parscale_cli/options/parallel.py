@@ -39,7 +39,6 @@ def parallel_option(command: Callable) -> Callable:
         section="Several processes",
         type=Real(1),
         default=WATCH_TIMEOUT,
-        show_default=True,
         metavar="SECONDS",
         help="End all processes when one of them gives no sign of life for so long.",
     )(run)
