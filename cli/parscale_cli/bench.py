@@ -101,10 +101,10 @@ def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_jso
                 options["streams"] = SHARED_P
             report = _measure_shares(backbone, modes, options)
     else:
-        backbone = _backbone(model, shape, adapters)
         if quantisations == ("none",):
             refuse(ctx, "needs --quantize", "group_size")
         check_plot(plot, force=force)
+        backbone = _backbone(model, shape, adapters)
         report = _measure(backbone, options | {"quantisations": quantisations})
     if plot is not None:
         from parscale_core.analysis.bench_plot import draw

@@ -24,7 +24,7 @@ from helpers.serving import (
 )
 
 QUESTIONS = [f"question {word} of many" for word in ("one", "two", "three", "four", "five", "six")]
-LENGTH = 24
+LENGTH = 12
 
 
 def good(server, n: int, expected: dict) -> str:
