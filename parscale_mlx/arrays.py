@@ -34,7 +34,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, mx.array]:
 def quantize_layers(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put quantised layers where the checkpoint holds them, in place."""
 
-    def settings(path: str, module: nn.Module) -> dict | bool:
+    def settings(path: str, module: nn.Module) -> dict[str, Any] | bool:
         if not checkpoint.is_quantized(f"{path}.weight"):
             return False
         mode, group_size, bits = mlx_quantized.settings(checkpoint.quantization, path)

@@ -88,13 +88,12 @@ class _SymbolInfo(ctypes.Structure):
 
 
 def _has_cuda_build() -> bool:
-    import importlib.metadata
-
-    names = ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")
-    return any(_is_installed(importlib.metadata, name) for name in names)
+    return any(map(_is_installed, ("mlx-cuda", "mlx-cuda-12", "mlx-cuda-13")))
 
 
-def _is_installed(metadata, name: str) -> bool:
+def _is_installed(name: str) -> bool:
+    from importlib import metadata
+
     try:
         metadata.version(name)
     except metadata.PackageNotFoundError:

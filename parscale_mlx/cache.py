@@ -9,10 +9,38 @@ that keeps no entries. These classes close those three doors.
 # mlx-lm's caches carry no types, and each of these gives its attributes another one.
 # mypy: disable-error-code="misc,attr-defined,has-type,assignment"
 
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol
+
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
+
+
+class Cache(Protocol):
+    """What this package uses of a layer's KV cache, one of these here or of mlx-lm's.
+
+    Attributes:
+        keys, values: arrays, or an array's three parts where it is quantised.
+        offset: entries held, a prefix included; in a batch's cache an array, [B].
+    """
+
+    keys: Any
+    values: Any
+    offset: int
+
+    @property
+    def state(self) -> Any: ...
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]: ...
+
+    def trim(self, n: int) -> int: ...
+
+    def empty(self) -> bool: ...
+
+
+Caches = Sequence[Cache | None]  # one a layer; None where a layer holds nothing
 
 
 class _PinnedPrefix:
@@ -21,26 +49,26 @@ class _PinnedPrefix:
     prefix_length: int
 
     @property
-    def state(self):
+    def state(self) -> tuple[Any, ...]:
         return (*super().state, mx.array(self.prefix_length))
 
     @state.setter
-    def state(self, value):
+    def state(self, value: tuple[Any, ...]) -> None:
         *state, prefix_length = value
         self.prefix_length = int(prefix_length)
         super(_PinnedPrefix, type(self)).state.fset(self, tuple(state))
 
-    def trim(self, n):
+    def trim(self, n: int) -> int:
         return super().trim(min(n, self.offset - self.prefix_length))
 
-    def update_and_fetch(self, keys, values):
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         # mlx-lm's evaluation gives a fresh cache a whole batch; the prefix is one row until then.
         batch = keys.shape[0]
         if self.offset == self.prefix_length and batch > 1:
             self._repeat_rows(batch)
         return super().update_and_fetch(keys, values)
 
-    def _repeat_rows(self, batch):
+    def _repeat_rows(self, batch: int) -> None:
         if self.keys.shape[0] == 1:
             self.keys = mx.repeat(self.keys, batch, axis=0)
             self.values = mx.repeat(self.values, batch, axis=0)
@@ -72,7 +100,7 @@ class PrefixQuantizedKVCache(_PinnedPrefix, QuantizedKVCache):
 
     prefix_length = 0
 
-    def _repeat_rows(self, batch):
+    def _repeat_rows(self, batch: int) -> None:
         if self.keys[0].shape[0] == 1:
             self.keys, self.values = (
                 tuple(mx.repeat(part, batch, axis=0) for part in parts)
@@ -96,7 +124,9 @@ class PrefixRotatingKVCache(_PinnedPrefix, RotatingKVCache):
         self._update_concat(keys, values)
         self.prefix_length = prefix_length
 
-    def make_mask(self, N: int, window_size: int | None = None, return_array: bool = False):
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
         # mlx-lm slides its window over the kept entries too; they must stay visible to every query.
         held = min(self.max_size - 1, self.offset)
         if N == 1 or window_size is not None or held + N <= self.max_size:
@@ -106,7 +136,7 @@ class PrefixRotatingKVCache(_PinnedPrefix, RotatingKVCache):
         return window | (kept & create_causal_mask(N, held))
 
     @classmethod
-    def merge(cls, caches):
+    def merge(cls, caches: Sequence[Cache]) -> NoReturn:
         raise ValueError(
             "a rotating KV cache cannot join a batch: mlx-lm's batch version would evict the "
             "prefix; leave max_kv_size out, or generate one prompt at a time"

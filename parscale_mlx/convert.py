@@ -49,7 +49,7 @@ class Conversion:
     bytes: int
     bits_per_weight: float
     dtype: str
-    quantization: dict | None
+    quantization: dict[str, Any] | None
     streams: int
     prefix_length: int
     base_perplexity: float | None = None
@@ -140,7 +140,7 @@ def _checked(asked: ConvertSettings, dry_run: bool) -> ConvertSettings:
     return replace(asked, quantization=check_quantization(asked.quantization))
 
 
-def _outlined(source: Source, asked: ConvertSettings) -> tuple[Model, dict]:
+def _outlined(source: Source, asked: ConvertSettings) -> tuple[Model, dict[str, Any]]:
     """What would come of it, computing nothing: weights of the right shapes."""
     model, config = _outline(source, _dtype(asked))
     if asked.streams is not None:
@@ -152,7 +152,7 @@ def _outlined(source: Source, asked: ConvertSettings) -> tuple[Model, dict]:
 
 def _computed(
     source: Source, folder: Path, asked: ConvertSettings, progress: bool
-) -> tuple[Model, dict, tuple[float, float] | None]:
+) -> tuple[Model, dict[str, Any], tuple[float, float] | None]:
     """The model with its streams, quantised; and the perplexity before and after grafting."""
     check_weights(find_safetensors(folder).files, _dtype(asked))
     model, config = load_model(folder, lazy=True, dtype=_dtype(asked))
@@ -167,7 +167,9 @@ def _computed(
     return model, config, perplexities
 
 
-def _finished(model: Model, config: dict, asked: ConvertSettings) -> tuple[Model, dict]:
+def _finished(
+    model: Model, config: dict[str, Any], asked: ConvertSettings
+) -> tuple[Model, dict[str, Any]]:
     if asked.to == "hf":
         model, config = dequantized(model, config)
     if asked.with_model_file:
@@ -243,7 +245,7 @@ def _stage_pickles(checkpoint: Checkpoint, staged: Path, progress: bool) -> None
     (staged / "model.safetensors.index.json").write_text(index, encoding="utf-8")
 
 
-def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict]:
+def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict[str, Any]]:
     """The model with weights that are not read, or are only zeros of their shapes."""
     if source.is_gguf:
         file = gguf.open_gguf(source.path)
@@ -271,8 +273,13 @@ def _outline(source: Source, dtype: mx.Dtype | None) -> tuple[Model, dict]:
 
 
 def _graft(
-    folder: Path, model: Model, config: dict, text: str | None, progress: bool, **sizes: int
-) -> tuple[dict, tuple[float, float]]:
+    folder: Path,
+    model: Model,
+    config: dict[str, Any],
+    text: str | None,
+    progress: bool,
+    **sizes: int,
+) -> tuple[dict[str, Any], tuple[float, float]]:
     """Graft streams onto ``model``; its new configuration, and the perplexity before and after."""
     config = graft.grafted_config(config, **sizes)
     tokenizer = load_tokenizer(folder, config)
@@ -294,8 +301,8 @@ def _graft(
 
 
 def _graft_blank(
-    model: Model, config: dict, streams: int, prefix_length: int
-) -> tuple[Model, dict]:
+    model: Model, config: dict[str, Any], streams: int, prefix_length: int
+) -> tuple[Model, dict[str, Any]]:
     config = graft.grafted_config(config, streams=streams, prefix_length=prefix_length)
     args = ModelConfig.from_dict(config)
     zeros = mx.zeros((streams, args.num_key_value_heads, prefix_length, args.head_dim))
@@ -304,8 +311,8 @@ def _graft_blank(
 
 
 def _quantize(
-    source: Source, model: Model, config: dict, how: Quantization, **learning: Any
-) -> dict:
+    source: Source, model: Model, config: dict[str, Any], how: Quantization, **learning: Any
+) -> dict[str, Any]:
     if "quantization" in config or "quantization_config" in config:
         raise ValueError(f"{source.path}: quantised already")
     try:
@@ -315,8 +322,8 @@ def _quantize(
 
 
 def _learn(
-    source: Source, folder: Path, model: Model, config: dict, how: Quantization
-) -> tuple[Model, dict]:
+    source: Source, folder: Path, model: Model, config: dict[str, Any], how: Quantization
+) -> tuple[Model, dict[str, Any]]:
     """Quantise a copy of ``model`` that is in memory, beside the full one that it learns from."""
     tokenizer = load_tokenizer(folder, config)
     text = graft.default_text() if how.text is None else how.text
@@ -332,7 +339,10 @@ def _learn(
 
 
 def _describe(
-    output: Path, model: Model, config: dict, perplexities: tuple[float, float] | None = None
+    output: Path,
+    model: Model,
+    config: dict[str, Any],
+    perplexities: tuple[float, float] | None = None,
 ) -> Conversion:
     weights = dict(tree_flatten(model.parameters()))
     prefixes = [a for name, a in weights.items() if is_prefix(name)]

@@ -8,7 +8,9 @@ its tokens decoded together.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+from parscale_mlx.cache import Cache
 from parscale_mlx.model import Model
 
 import mlx.core as mx
@@ -19,13 +21,13 @@ from parscale_core.engine.detokenize import Detokenizer
 
 def stream_generate(
     model: Model,
-    tokenizer,
+    tokenizer: Any,
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
     *,
     max_kv_size: int | None = None,
-    prompt_cache: list | None = None,
-    **options,
+    prompt_cache: list[Cache] | None = None,
+    **options: Any,
 ) -> Iterator[GenerationResponse]:
     """Generate text piece by piece, as ``mlx_lm.stream_generate`` does and with its options.
 
@@ -62,12 +64,14 @@ def _detokenized(
         yield replace(response, text=text + rest)
 
 
-def generate(model: Model, tokenizer, prompt: str | list[int], **options) -> str:
+def generate(model: Model, tokenizer: Any, prompt: str | list[int], **options: Any) -> str:
     """Generate a whole answer; options as for ``stream_generate``."""
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
 
 
-def batch_generate(model: Model, tokenizer, prompts: list[list[int]], **options) -> BatchResponse:
+def batch_generate(
+    model: Model, tokenizer: Any, prompts: list[list[int]], **options: Any
+) -> BatchResponse:
     """Generate for several prompts (token ids) in one continuous batch: ``mlx_lm.batch_generate``.
 
     Raises:

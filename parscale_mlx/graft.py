@@ -7,6 +7,7 @@ real text, a different piece for each stream; the aggregator starts by weighing 
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
+from typing import Any
 
 from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Aggregator, Model, rotate
@@ -50,7 +51,7 @@ def default_text() -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
-def cut_pieces(tokenizer, text: str, *, streams: int, prefix_length: int) -> Pieces:
+def cut_pieces(tokenizer: Any, text: str, *, streams: int, prefix_length: int) -> Pieces:
     """Cut a text into one piece for each stream, evenly spaced, and held-out windows at its end.
 
     Every piece starts as the tokenizer starts a text: with its beginning-of-text token, if any.
@@ -74,7 +75,7 @@ def cut_pieces(tokenizer, text: str, *, streams: int, prefix_length: int) -> Pie
     return Pieces(mx.array(prefixes), mx.array([start + w for w in windows]))
 
 
-def grafted_config(config: dict, *, streams: int, prefix_length: int) -> dict:
+def grafted_config(config: dict[str, Any], *, streams: int, prefix_length: int) -> dict[str, Any]:
     """The ``config.json`` of a plain model after it was given streams.
 
     Raises:
@@ -122,7 +123,7 @@ def make_prefixes(model: Model, pieces: mx.array) -> list[tuple[mx.array, mx.arr
     return prefixes
 
 
-def graft(model: Model, config: dict, prefixes: list[tuple[mx.array, mx.array]]) -> None:
+def graft(model: Model, config: dict[str, Any], prefixes: list[tuple[mx.array, mx.array]]) -> None:
     """Turn a plain model into one with streams, in place.
 
     Args:
@@ -157,7 +158,7 @@ def perplexity(
     return exp(total / len(windows))
 
 
-def _even_aggregator(args: ModelConfig, config: dict, dtype: mx.Dtype) -> Aggregator:
+def _even_aggregator(args: ModelConfig, config: dict[str, Any], dtype: mx.Dtype) -> Aggregator:
     # With nothing in its last layer the aggregator gives all streams the same weight, and yet it
     # has gradients to learn from, since the first layer is not empty.
     aggregator = Aggregator(args)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from parscale_mlx.adapter import load_adapter, with_streams
 from parscale_mlx.arrays import quantize_layers, read_weights
@@ -83,7 +84,7 @@ def load_model(
     dequantize: bool = False,
     lazy: bool = False,
     revision: str | None = None,
-) -> tuple[Model, dict]:
+) -> tuple[Model, dict[str, Any]]:
     """Load a model without its tokenizer, from a published Hugging Face folder or a converted one.
 
     Args:

@@ -7,7 +7,7 @@ every cache, sampler and server of mlx-lm; their prefixes are the first entries 
 from collections.abc import Callable
 from typing import Any
 
-from parscale_mlx.cache import PrefixKVCache, PrefixRotatingKVCache
+from parscale_mlx.cache import Cache, Caches, PrefixKVCache, PrefixRotatingKVCache
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         if args.qk_norm:
             self.q_norm = nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
             self.k_norm = nn.RMSNorm(head_dim, eps=args.rms_norm_eps)
-        self.rope = Rotary(args) if rotated else Unrotated()
+        self.rope: Rotary | Unrotated = Rotary(args) if rotated else Unrotated()
         if args.prefix_length:
             shape = (args.streams, self.n_kv_heads, args.prefix_length, head_dim)
             self.prefix_k = mx.zeros(shape)
@@ -95,11 +95,13 @@ class Attention(nn.Module):
         shape = (1, -1, *self.prefix_k.shape[2:])
         return keys.reshape(shape).astype(dtype), self.prefix_v.reshape(shape).astype(dtype)
 
-    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
+    def __call__(
+        self, x: mx.array, mask: mx.array | None = None, cache: Cache | None = None
+    ) -> mx.array:
         B, P, L, _ = x.shape
 
         # Streams are heads: head p * n_heads + h reads key-value head p * n_kv_heads + h // group.
-        def heads(projected, n):
+        def heads(projected: mx.array, n: int) -> mx.array:
             return projected.reshape(B, P, L, n, -1).swapaxes(2, 3).reshape(B, P * n, L, -1)
 
         queries = heads(self.q_proj(x), self.n_heads)
@@ -149,7 +151,9 @@ class TransformerBlock(nn.Module):
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask=None, cache=None) -> mx.array:
+    def __call__(
+        self, x: mx.array, mask: mx.array | None = None, cache: Cache | None = None
+    ) -> mx.array:
         h = x + self._scaled(self.self_attn(self.input_layernorm(x), mask, cache))
         return h + self._scaled(self.mlp(self.post_attention_layernorm(h)))
 
@@ -189,7 +193,12 @@ class Decoder(nn.Module):
         if args.streams > 1:
             self.aggregator = Aggregator(args)
 
-    def __call__(self, inputs: mx.array, cache=None, input_embeddings=None) -> mx.array:
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Caches | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
         """The streams' final hidden states, normalised, [B, P, L, d].
 
         Where other processes run some of the streams, ``gather`` adds theirs.
@@ -225,7 +234,12 @@ class Model(nn.Module):
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
-    def __call__(self, inputs: mx.array, cache=None, input_embeddings=None) -> mx.array:
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Caches | None = None,
+        input_embeddings: mx.array | None = None,
+    ) -> mx.array:
         """Logits [B, L, vocab] for token ids [B, L], the caches (if any) updated in place.
 
         Raises:
@@ -233,12 +247,15 @@ class Model(nn.Module):
         """
         return self.logits_and_weights(inputs, cache, input_embeddings)[0]
 
-    def aggregation_weights(self, inputs: mx.array, cache=None) -> mx.array:
+    def aggregation_weights(self, inputs: mx.array, cache: Caches | None = None) -> mx.array:
         """How much each stream counts for each token: float32 [B, L, P], rows that sum to 1."""
         return self.logits_and_weights(inputs, cache)[1]
 
     def logits_and_weights(
-        self, inputs: mx.array, cache=None, input_embeddings=None
+        self,
+        inputs: mx.array,
+        cache: Caches | None = None,
+        input_embeddings: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """Logits [B, L, vocab] and the streams' weights, float32 [B, L, P], of one forward pass."""
         h = self.model(inputs, cache, input_embeddings)
@@ -255,10 +272,10 @@ class Model(nn.Module):
         return logits if self.args.logits_scale == 1 else logits * self.args.logits_scale, weights
 
     @property
-    def layers(self):
+    def layers(self) -> list[TransformerBlock]:
         return self.model.layers
 
-    def make_cache(self, max_kv_size: int | None = None) -> list:
+    def make_cache(self, max_kv_size: int | None = None) -> list[Cache]:
         """Fresh KV caches, one a layer, that hold the prefix.
 
         Args:
@@ -281,7 +298,7 @@ class Model(nn.Module):
         return [PrefixRotatingKVCache(keys, values, max_kv_size) for keys, values in prefixes]
 
     @property
-    def quant_predicate(self):
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
         """For mlx-lm's ``quantize_model``: the aggregator keeps its precision, as prefixes do."""
         return lambda path, module: "aggregator" not in path
 
@@ -297,7 +314,7 @@ class Model(nn.Module):
         return {k: v for k, v in internal.items() if not k.endswith("rotary_emb.inv_freq")}
 
 
-def rotate(rope, x: mx.array, position: int) -> mx.array:
+def rotate(rope: Rotary | Unrotated, x: mx.array, position: int) -> mx.array:
     """Rotate every vector of ``x`` [..., head_dim] by one position, without the embedding's scale.
 
     Some ``rope_scaling`` types also scale what they rotate (YaRN, LongRoPE). At position 0 the

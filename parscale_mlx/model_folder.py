@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from parscale_mlx.graft import ARCHITECTURES
 from parscale_mlx.model import Model
@@ -25,7 +26,7 @@ AUTO_MAP = {kind: f"ParScale/ParScale-1.8B-P8--{name}" for kind, name in AUTO_MA
 def write_model(
     folder: Path,
     model: Model,
-    config: dict,
+    config: dict[str, Any],
     *,
     to: str = "mlx",
     donate: bool = True,
@@ -79,7 +80,7 @@ def published_weights(model: Model) -> dict[str, mx.array]:
     return published
 
 
-def dequantized(model: Model, config: dict) -> tuple[Model, dict]:
+def dequantized(model: Model, config: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
     """A model without quantised weights, and its configuration.
 
     Raises:
@@ -97,7 +98,7 @@ def dtype_name(model: Model) -> str:
     return str(model.model.norm.weight.dtype).removeprefix("mlx.core.")
 
 
-def _config_to_write(model: Model, config: dict, to: str) -> dict:
+def _config_to_write(model: Model, config: dict[str, Any], to: str) -> dict[str, Any]:
     # The code that auto_map names is never copied along, and an MLX folder has no use for it.
     config = {key: value for key, value in config.items() if key not in ("model_file", "auto_map")}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype_name(model)

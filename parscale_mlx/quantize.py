@@ -26,6 +26,8 @@ MORE_BITS = {2: 4, 3: 4, 4: 6, 5: 6, 6: 8}  # what "dynamic" gives the sensitive
 WINDOW, HELD_OUT = 256, 8  # tokens a window of the text; windows that are not learnt from
 LEARNING_RATE = 3e-5
 SEED = 0
+# From a module's path and the module: whether to quantise it, or how.
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
 def check_quantization(how: Quantization) -> Quantization:
@@ -63,7 +65,7 @@ def _check_recipe(how: Quantization) -> None:
         raise ValueError(f"recipe {how.recipe!r} learns with fewer than 8 bits")
 
 
-def cut_windows(tokenizer, text: str, count: int) -> list[list[int]]:
+def cut_windows(tokenizer: Any, text: str, count: int) -> list[list[int]]:
     """Windows of a text to learn from: ``count`` and those held out, or as many as there are.
 
     Raises:
@@ -81,12 +83,12 @@ def cut_windows(tokenizer, text: str, count: int) -> list[list[int]]:
 
 def quantize(
     model: Model,
-    config: dict,
+    config: dict[str, Any],
     how: Quantization,
     *,
     teacher: Model | None = None,
     windows: list[list[int]] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Quantise a model in place; returns its new configuration.
 
     Args:
@@ -97,14 +99,14 @@ def quantize(
     Raises:
         ValueError: no weight has rows that the groups divide.
     """
-    predicate = None
+    predicate: Predicate | None = None
     if how.everything:
         predicate = lambda path, module: True  # noqa: E731
     elif how.recipe in MIXED:
         assert how.group_size is not None
-        predicate = _but_aggregator(
-            mixed_quant_predicate_builder(how.recipe, model, how.group_size)
-        )
+        # mlx-lm's type for it has one argument more than it takes.
+        mixed: Any = mixed_quant_predicate_builder(how.recipe, model, how.group_size)
+        predicate = _but_aggregator(mixed)
     elif how.recipe == "dynamic":
         assert teacher is not None and windows is not None
         predicate = _but_aggregator(_sensitive(teacher, how, windows))
@@ -120,11 +122,11 @@ def quantize(
     return config
 
 
-def _but_aggregator(predicate: Callable) -> Callable:
+def _but_aggregator(predicate: Predicate) -> Predicate:
     return lambda path, module: "aggregator" not in path and predicate(path, module)
 
 
-def _sensitive(teacher: Model, how: Quantization, windows: list[list[int]]) -> Callable:
+def _sensitive(teacher: Model, how: Quantization, windows: list[list[int]]) -> Predicate:
     """A predicate that gives more bits to the most sensitive layers, half of the weights in all."""
     assert how.bits is not None
     more = {"bits": MORE_BITS[how.bits], "group_size": how.group_size, "mode": how.mode}
@@ -167,13 +169,13 @@ def _distil(model: Model, teacher: Model, windows: list[list[int]]) -> None:
 
 
 class _DequantisedLinear(nn.QuantizedLinear):
-    def __call__(self, x):
+    def __call__(self, x: mx.array) -> mx.array:
         x = x @ _weight(self).T
         return x + self["bias"] if "bias" in self else x
 
 
 class _DequantisedEmbedding(nn.QuantizedEmbedding):
-    def as_linear(self, x):
+    def as_linear(self, x: mx.array) -> mx.array:
         return x @ _weight(self).T
 
 
@@ -186,7 +188,7 @@ def _weight(module: Any) -> mx.array:
 @contextmanager
 def _dequantised(model: Model) -> Iterator[None]:
     """Compute with dequantised weights on a CPU, for which MLX has no fast quantised product."""
-    classes: dict[Any, type] = {
+    classes: dict[type[nn.Module], type[nn.Module]] = {
         nn.QuantizedLinear: _DequantisedLinear,
         nn.QuantizedEmbedding: _DequantisedEmbedding,
     }

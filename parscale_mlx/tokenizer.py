@@ -1,13 +1,14 @@
 """The tokenizer of a model's folder, as mlx-lm's generators take it."""
 
 from pathlib import Path
+from typing import Any
 
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from parscale_core.checkpoint.tokenizer import check_vocabulary, end_tokens, opening
 
 
-def load_tokenizer(folder: Path, config: dict) -> TokenizerWrapper:
+def load_tokenizer(folder: Path, config: dict[str, Any]) -> TokenizerWrapper:
     """The tokenizer in a model's folder.
 
     Raises:

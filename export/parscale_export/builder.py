@@ -1,5 +1,6 @@
 """Nodes and weights of a graph that is being built, for either operator set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class Builder(ir.tape.Tape):
     def __init__(self, config: ModelConfig, options: Options, weights: Weights):
         super().__init__()
         self.config, self.options, self.weights = config, options, weights
-        self._constants: dict[tuple, ir.Value] = {}
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
         self._tensors: dict[str, ir.Value] = {}
         # What ``linear`` adds to an activation once for all matrices that it is multiplied with.
         self.with_sums: dict[ir.Value, ir.Value] = {}
@@ -54,14 +55,18 @@ class Builder(ir.tape.Tape):
         # Which matrices each activation is multiplied with; see ``calibrate``.
         self.products: dict[ir.Value, list[str]] = {}
 
-    def __call__(self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any):
+    def __call__(
+        self, op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> ir.Value:
         return self.op(op, inputs, attributes, domain=domain)
 
-    def microsoft(self, op: str, *inputs: ir.Value | None, **attributes: Any):
+    def microsoft(self, op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """A node of onnxruntime's own operators."""
         return self(op, *inputs, domain=MICROSOFT, **attributes)
 
-    def many(self, op: str, *inputs: ir.Value | None, n: int, domain: str = "", **attributes: Any):
+    def many(
+        self, op: str, *inputs: ir.Value | None, n: int, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
         """A node with ``n`` outputs."""
         return self.op_multi_out(op, inputs, attributes, num_outputs=n, domain=domain)
 

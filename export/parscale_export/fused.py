@@ -103,7 +103,9 @@ class FusedOperators:
     def _prefix_rows(self, batch: ir.Value) -> ir.Value:
         return prefix_rows(self.b, batch, self.new_prefix)
 
-    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value], *, rotated: bool):
+    def attention(
+        self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value], *, rotated: bool
+    ) -> tuple[ir.Value, ...]:
         """Attention of one layer: its output, and the present keys and values."""
         b, config = self.b, self.b.config
         q, kv = config.num_attention_heads, config.num_key_value_heads

@@ -93,7 +93,9 @@ def build(
     return ir.Model(graph, ir_version=10, producer_name="parscale")
 
 
-def _inputs(config: ModelConfig, options: Options, dtype: ir.DataType):
+def _inputs(
+    config: ModelConfig, options: Options, dtype: ir.DataType
+) -> tuple[tuple[ir.Value, ...], list[tuple[ir.Value, ir.Value]]]:
     def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
@@ -101,10 +103,11 @@ def _inputs(config: ModelConfig, options: Options, dtype: ir.DataType):
     _, kv_heads, rows = folded_heads(config, options.kv_layout)
     batch = "batch_size" if rows == 1 else "batch_size_times_streams"
     cache = (batch, kv_heads, "past_sequence_length", config.head_dim)
-    pasts = [
-        tuple(value(f"past_key_values.{n}.{part}", dtype, *cache) for part in KV)
-        for n in range(config.num_hidden_layers)
-    ]
+
+    def past(layer: int, part: str) -> ir.Value:
+        return value(f"past_key_values.{layer}.{part}", dtype, *cache)
+
+    pasts = [(past(n, "key"), past(n, "value")) for n in range(config.num_hidden_layers)]
     return (
         value("input_ids", integer, "batch_size", "sequence_length"),
         value("attention_mask", integer, "batch_size", "total_sequence_length"),

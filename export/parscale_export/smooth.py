@@ -6,7 +6,7 @@ the rest few codes. So channel c of the activation is divided by s[c], in the we
 same function. s[c] = (root mean square activation)^alpha / (largest weight)^(1 - alpha).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -100,7 +100,7 @@ def product_error(x: np.ndarray, weight: np.ndarray, expected: np.ndarray) -> fl
     return float((((y - expected) ** 2).sum(axis=1) / norms).mean())
 
 
-def _candidates(checkpoint: Checkpoint, site: Site, weight: np.ndarray):
+def _candidates(checkpoint: Checkpoint, site: Site, weight: np.ndarray) -> Iterator[np.ndarray]:
     """Scales [columns] for each alpha; none where no weights before the site can take them."""
     layer, _, module = site.modules[0].rpartition(".")
     if not layer.startswith("model.layers."):

@@ -84,7 +84,9 @@ class StandardOperators:
         visible = b("Or", visible, b("Equal", keys, queries))
         return b("And", visible, b("LessOrEqual", keys, queries))
 
-    def attention(self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value], *, rotated: bool):
+    def attention(
+        self, x: ir.Value, name: str, past: tuple[ir.Value, ir.Value], *, rotated: bool
+    ) -> tuple[ir.Value, ...]:
         """Attention of one layer: its output, and the present keys and values."""
         b, config = self.b, self.b.config
         d, q = config.hidden_size, config.num_attention_heads * config.head_dim

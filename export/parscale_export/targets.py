@@ -79,7 +79,11 @@ def _ordinary_decoder(config: ModelConfig, options: Options) -> dict[str, Any]:
 
 
 def _genai_config(
-    source: Path, config: ModelConfig, options: Options, ends: list[int], providers: list[dict]
+    source: Path,
+    config: ModelConfig,
+    options: Options,
+    ends: list[int],
+    providers: list[dict[str, Any]],
 ) -> dict[str, Any]:
     heads, kv_heads, _ = folded_heads(config, options.kv_layout)
     # genai makes its buffers as long as these, and the prefix takes room there.

@@ -187,7 +187,7 @@ def lazy(
 ) -> ir.LazyTensor:
     """A tensor that ``compute`` makes each time it is written; 4-bit types take a code a byte."""
 
-    def make() -> ir.Tensor:
+    def make() -> ir.TensorProtocol:
         array = compute()
         if dtype.is_floating_point():
             _check_finite(name, array)

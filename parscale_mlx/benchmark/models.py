@@ -65,7 +65,7 @@ class Backbone:
     shape: Path | None = None
     adapters: Sequence[Path] = ()
 
-    def load(self, default: dict) -> tuple[Model, dict, dict[int, Adapter]]:
+    def load(self, default: dict[str, Any]) -> tuple[Model, dict[str, Any], dict[int, Adapter]]:
         """The model without streams, its configuration, and its streams by their number.
 
         Args:
@@ -88,7 +88,7 @@ class Backbone:
         return self.model or str(self.shape or default)
 
 
-def random_backbone(config: dict) -> Model:
+def random_backbone(config: dict[str, Any]) -> Model:
     """A model without streams in the shape of a ``config.json``, with random weights.
 
     They are in float32 on the CPU and in float16 on a GPU, and made when they are first used.
@@ -105,7 +105,7 @@ def random_backbone(config: dict) -> Model:
     return model
 
 
-def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
+def split(model: Model, config: dict[str, Any]) -> tuple[Model, Adapter | None]:
     """A model's backbone, which shares its weights, and its streams if it has any."""
     if not model.args.prefix_length:
         return model, None
@@ -114,7 +114,7 @@ def split(model: Model, config: dict) -> tuple[Model, Adapter | None]:
     return backbone, take_streams(model, backbone="", backbone_sha256="")
 
 
-def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
+def mlx_lm_twin(backbone: Model, config: dict[str, Any]) -> nn.Module:
     """mlx-lm's own class over the same weights.
 
     Raises:
@@ -133,7 +133,7 @@ def mlx_lm_twin(backbone: Model, config: dict) -> nn.Module:
     return twin
 
 
-def _mlx_lm_fields(args: ModelConfig, config: dict) -> dict:
+def _mlx_lm_fields(args: ModelConfig, config: dict[str, Any]) -> dict[str, Any]:
     # Where config.json leaves them out, or has them in another place, its classes mean others.
     return {
         "model_type": args.family,
@@ -182,7 +182,7 @@ def with_many_streams(backbone: Model, streams: int, adapters: dict[int, Adapter
 
 
 def compared_models(
-    backbone: Model, config: dict, streams: Iterable[int], adapters: dict[int, Adapter]
+    backbone: Model, config: dict[str, Any], streams: Iterable[int], adapters: dict[int, Adapter]
 ) -> dict[str, nn.Module]:
     """mlx-lm's own model and ours with each number of streams, all over the same weights.
 
@@ -197,7 +197,7 @@ def compared_models(
     return models
 
 
-def _fill(model: nn.Module, source: Model, config: dict) -> None:
+def _fill(model: nn.Module, source: Model, config: dict[str, Any]) -> None:
     """Give a model the weights of ``source`` but its streams, quantised where those are."""
     weights = {
         name: value

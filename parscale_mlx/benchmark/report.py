@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from parscale_mlx import machine
 from parscale_mlx.benchmark.models import SMOLLM2, Backbone, compared_models
@@ -12,6 +13,7 @@ from parscale_mlx.benchmark.timing import Timing, measure, mlx_side
 from parscale_mlx.model import Model
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.utils import quantize_model
 from parscale_core.analysis.roofline import Work, step
 from parscale_core.analysis.shape import Precision, Shape, precision_of, shape_of
@@ -42,7 +44,7 @@ class Plan:
     cpu_time: bool
 
 
-def measure_machine(*, cpu_time: bool) -> dict:
+def measure_machine(*, cpu_time: bool) -> dict[str, Any]:
     """The device's name, its memory bandwidth and its matrix products, in units a second.
 
     Args:
@@ -59,7 +61,7 @@ def measure_machine(*, cpu_time: bool) -> dict:
     }
 
 
-def measure_all(rates: dict, backbone: Backbone, plan: Plan) -> list[dict]:
+def measure_all(rates: dict[str, Any], backbone: Backbone, plan: Plan) -> list[dict[str, Any]]:
     """One row for each quantisation, batch size, prompt length and side, as plain data.
 
     Args:
@@ -99,7 +101,9 @@ def _clock(cpu_time: bool) -> Callable[[], float]:
     return time.process_time if cpu_time else time.perf_counter
 
 
-def _quantise(model: Model, config: dict, bits: int, group: int) -> tuple[Model, dict]:
+def _quantise(
+    model: Model, config: dict[str, Any], bits: int, group: int
+) -> tuple[Model, dict[str, Any]]:
     if "quantization" in config:
         raise ValueError("--quantize: the model is quantised already")
     with redirect_stdout(io.StringIO()):  # mlx-lm prints the bits per weight
@@ -107,7 +111,7 @@ def _quantise(model: Model, config: dict, bits: int, group: int) -> tuple[Model,
     return model, config
 
 
-def _counted(config: dict, backbone: Model, model) -> tuple[Shape, Precision]:
+def _counted(config: dict[str, Any], backbone: Model, model: nn.Module) -> tuple[Shape, Precision]:
     """What is counted for a side: its shape, and its precision as it was loaded."""
     others = 32 if backbone.model.norm.weight.dtype == mx.float32 else 16
     args = getattr(model, "args", None)
@@ -119,11 +123,11 @@ def _counted(config: dict, backbone: Model, model) -> tuple[Shape, Precision]:
     return shape, Precision(weights, others, others, packed.group)
 
 
-def _weights(config: dict, precision: Precision) -> str:
+def _weights(config: dict[str, Any], precision: Precision) -> str:
     return f"{precision.weights} bit" if "quantization" in config else f"float{precision.others}"
 
 
-def _rates(case: dict, base: Timing) -> dict:
+def _rates(case: dict[str, Any], base: Timing) -> dict[str, Any]:
     """Tokens a second, and how many times as long as mlx-lm's own class it takes."""
     return {
         "prefill_rate": case["batch"] * case["prompt"] / case["first_token"],
@@ -133,7 +137,9 @@ def _rates(case: dict, base: Timing) -> dict:
     }
 
 
-def _shares(case: dict, rates: dict, shape: Shape, precision: Precision, tokens: int) -> dict:
+def _shares(
+    case: dict[str, Any], rates: dict[str, Any], shape: Shape, precision: Precision, tokens: int
+) -> dict[str, Any]:
     """What a prefill and a step amount to, and how much of the machine's rates that reaches."""
     batch, length = case["batch"], case["prompt"]
     prefill = _total(shape, precision, batch=batch, tokens=length, past=0)
@@ -148,6 +154,6 @@ def _shares(case: dict, rates: dict, shape: Shape, precision: Precision, tokens:
     }
 
 
-def _total(shape: Shape, precision: Precision, **lengths) -> Work:
+def _total(shape: Shape, precision: Precision, **lengths: Any) -> Work:
     parts = step(shape, precision, **lengths).values()
     return Work(sum(w.flops for w in parts), sum(w.bytes for w in parts))

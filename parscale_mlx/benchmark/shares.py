@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
+from typing import Any
 
 from parscale_mlx.benchmark.models import QWEN2_5_HALF_B, Backbone, with_many_streams
 from parscale_mlx.benchmark.timing import Side, measure, mlx_side
@@ -31,7 +32,7 @@ def measure_all(
     prompt: Sequence[int],
     tokens: int,
     repeats: int,
-) -> dict:
+) -> dict[str, Any]:
     """What ``parscale bench --parallel`` prints, as plain data: times are this rank's.
 
     Args:
@@ -91,7 +92,7 @@ def measure_shares(
     tokens: int,
     repeats: int,
     turn_done: Callable[[], object] = int,
-) -> dict[str, dict]:
+) -> dict[str, dict[str, Any]]:
     """Let the whole model on every rank and its shares, a way each, take turns.
 
     Args:
@@ -113,7 +114,7 @@ def measure_shares(
     ids = (mx.arange(prompt) % model.args.vocab_size)[None]
     sides = {name: mlx_side(each, ids, _sampler(each)) for name, each in models.items()}
 
-    def end_turn():
+    def end_turn() -> None:
         # A rank that is late would be waited for in the next side's time.
         mx.eval(all_sum(mx.array(1.0), group))
         turn_done()

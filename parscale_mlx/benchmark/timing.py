@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from parscale_mlx.cache import Cache
+
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
@@ -47,11 +49,11 @@ def mlx_side(
         sampler: from logits [B, vocab] to tokens [B]; None for the likeliest.
     """
 
-    def next_token(tokens: mx.array, cache) -> mx.array:
+    def next_token(tokens: mx.array, cache: list[Cache]) -> mx.array:
         logits = model(tokens, cache=cache)[:, -1]
         return (mx.argmax(logits, axis=-1) if sampler is None else sampler(logits))[:, None]
 
-    def prefill():
+    def prefill() -> tuple[list[Cache], mx.array]:
         cache = make_prompt_cache(model)
         if ids.shape[1] > 1:
             model(ids[:, :-1], cache=cache)
@@ -60,7 +62,7 @@ def mlx_side(
         mx.eval(token)
         return cache, token
 
-    def decode(state, tokens):
+    def decode(state: tuple[list[Cache], mx.array], tokens: int) -> None:
         cache, token = state
         for _ in range(tokens):
             before, token = token, next_token(token, cache)

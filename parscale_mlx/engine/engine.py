@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from parscale_mlx.engine import kept
@@ -90,7 +91,7 @@ class MlxEngine:
                 "KV cache": self.cache,
             }
             check_same(self._sharing.group, {name: str(value) for name, value in facts.items()})
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self.failure: Exception | None = None
         self._closed = False
@@ -165,7 +166,12 @@ class MlxEngine:
     def __enter__(self) -> "MlxEngine":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         # After an error the other ranks may be gone, or hear of it otherwise.
         if error is None or self._sharing is None:
             self.close()
@@ -213,7 +219,7 @@ class MlxEngine:
         return f"generation failed: {self.failure}" if self.failure else "the engine is closed"
 
     def _on_thread(self, act: Callable[[], None]) -> None:
-        done: queue.SimpleQueue = queue.SimpleQueue()
+        done: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
         def run() -> None:
             try:

@@ -5,6 +5,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+from parscale_mlx.cache import Cache
 from parscale_mlx.engine.mlx_lm_parts import (
     LRUPromptCache,
     can_trim_prompt_cache,
@@ -32,7 +33,7 @@ class KeptCaches:
     def __init__(self, size: int, nbytes: int):
         self._caches = LRUPromptCache(size, nbytes)
         self.size = size
-        self.latest: tuple[list, list[int]] | None = None
+        self.latest: tuple[list[Cache], list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self._caches)
@@ -41,7 +42,7 @@ class KeptCaches:
     def nbytes(self) -> int:
         return self._caches.nbytes
 
-    def take(self, key: Hashable, prompt: list[int]) -> tuple[list | None, int]:
+    def take(self, key: Hashable, prompt: list[int]) -> tuple[list[Cache] | None, int]:
         """A copy of the caches that hold most of a prompt's beginning, and how much they hold.
 
         At least the prompt's last token is left to be computed: its logits are what generation
@@ -59,7 +60,7 @@ class KeptCaches:
         held = len(prompt) - max(1, len(rest))
         return (caches, held) if held else (None, 0)
 
-    def keep(self, key: Hashable, caches: list, tokens: list[int]) -> None:
+    def keep(self, key: Hashable, caches: list[Cache], tokens: list[int]) -> None:
         """Keep caches that hold these tokens, besides a prefix."""
         if not self.size or not tokens:
             return
@@ -68,7 +69,7 @@ class KeptCaches:
         self._caches.insert_cache(key, tokens, caches)
 
 
-def save(file: Path, model: Model, caches: list, tokens: list[int]) -> None:
+def save(file: Path, model: Model, caches: list[Cache], tokens: list[int]) -> None:
     """Write caches and their tokens to a safetensors file, whole or not at all.
 
     Raises:
@@ -79,7 +80,7 @@ def save(file: Path, model: Model, caches: list, tokens: list[int]) -> None:
         save_prompt_cache(str(new), caches, metadata)
 
 
-def load(file: Path, model: Model) -> tuple[list, list[int]]:
+def load(file: Path, model: Model) -> tuple[list[Cache], list[int]]:
     """Read what ``save`` wrote.
 
     Raises:

@@ -1,8 +1,9 @@
 """Speculative decoding whose drafts are copied from the text so far: no second model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from parscale_mlx.cache import Cache
 from parscale_mlx.engine.mlx_lm_parts import (
     generation_stream,
     maybe_quantize_kv_cache,
@@ -51,11 +52,11 @@ def ngram_generate_step(
     max_tokens: int,
     sampler: Callable[[mx.array], mx.array] | None,
     logits_processors: Sequence[Callable[[mx.array, mx.array], mx.array]],
-    prompt_cache: list,
+    prompt_cache: list[Cache],
     kv_bits: int | None,
     kv_group_size: int,
     quantized_kv_start: int,
-) -> Iterator[tuple[int, mx.array, bool]]:
+) -> Generator[tuple[int, mx.array, bool], None, None]:
     """Yield tokens as mlx-lm's ``speculative_generate_step`` does, and with its options.
 
     Args:

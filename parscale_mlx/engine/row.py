@@ -4,12 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from parscale_mlx.cache import Cache
 from parscale_mlx.engine.mlx_lm_parts import make_logits_processors
-from parscale_mlx.model import Model
+from parscale_mlx.model import Model, TransformerBlock
 
 import mlx.core as mx
 import numpy as np
-from parscale_core.engine import Answer
+from parscale_core.engine import Answer, Sampling
 from parscale_core.engine.grammar import GrammarMatcher
 
 NOT_NUMBERS = (
@@ -29,10 +30,10 @@ class LogitsAndWeights:
         self.model = model
 
     @property
-    def layers(self):
+    def layers(self) -> list[TransformerBlock]:
         return self.model.layers
 
-    def __call__(self, inputs: mx.array, cache=None) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: list[Cache] | None = None) -> mx.array:
         logits, weights = self.model.logits_and_weights(inputs, cache)
         return mx.concatenate([logits.astype(mx.float32), weights], axis=-1)
 
@@ -82,7 +83,9 @@ class Row:
         )
         return [self._process] if needed else []
 
-    def put(self, token: int, logprobs: mx.array, stream: mx.Stream, *, drafted=False) -> None:
+    def put(
+        self, token: int, logprobs: mx.array, stream: mx.Stream, *, drafted: bool = False
+    ) -> None:
         """Pass on the answer's next token.
 
         Args:
@@ -155,7 +158,7 @@ class Row:
         return logits
 
 
-def _penalties(sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:
+def _penalties(sampling: Sampling) -> list[Callable[[mx.array, mx.array], mx.array]]:
     repetition = sampling.repetition_penalty
     return make_logits_processors(
         dict(sampling.logit_bias) or None,

@@ -45,7 +45,9 @@ def make_sampler(sampling: Sampling, spared: Sequence[int]) -> Sampler | None:
     return sample
 
 
-def _filtered(logprobs: mx.array, sampling: Sampling, spared: Sequence[int], key: mx.array):
+def _filtered(
+    logprobs: mx.array, sampling: Sampling, spared: Sequence[int], key: mx.array
+) -> mx.array:
     if sampling.top_p < 1:
         logprobs = _top_p(logprobs, sampling.top_p)
     if sampling.min_p > 0:
@@ -68,7 +70,7 @@ def _top_p(logprobs: mx.array, top_p: float) -> mx.array:
     return mx.where(logprobs < least, -mx.inf, logprobs)
 
 
-def _xtc(logprobs: mx.array, sampling: Sampling, spared: Sequence[int], key: mx.array):
+def _xtc(logprobs: mx.array, sampling: Sampling, spared: Sequence[int], key: mx.array) -> mx.array:
     """Leave out all likely tokens but the least likely of them, at random."""
     probabilities = mx.softmax(logprobs, axis=-1)
     likely = probabilities > sampling.xtc_threshold

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from parscale_mlx.cache import Cache
 from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.engine.mlx_lm_parts import trim_prompt_cache
 from parscale_mlx.engine.work import Work
@@ -18,7 +19,7 @@ def score(
 ) -> Iterator[tuple[float, bool]]:
     """As ``parscale_core.engine.Engine.score``: equal contexts in a row are computed once."""
     last: list[int] | None = None
-    caches: list = []
+    caches: list[Cache] = []
     for context, continuation in pairs:
         if last != list(context):
             last, caches = list(context), model.make_cache()

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from typing import Any
 
 from parscale_mlx.engine.row import Row
 from parscale_mlx.parallel.ranks import broadcast
@@ -71,14 +72,14 @@ def _ends(row: Row) -> str:
     return "timeout" if row.deadline is not None and time.monotonic() >= row.deadline else ""
 
 
-def to_json(request: Request) -> dict:
+def to_json(request: Request) -> dict[str, Any]:
     # Another rank has another clock; rank 0 says when the time is over.
     fields = asdict(replace(request, prompt=list(request.prompt), deadline=None))
     fields["sampling"]["logit_bias"] = list(request.sampling.logit_bias.items())
     return fields
 
 
-def from_json(fields: dict) -> Request:
+def from_json(fields: dict[str, Any]) -> Request:
     sampling = fields.pop("sampling")
     sampling["logit_bias"] = dict(sampling["logit_bias"])
     fields["stop"] = tuple(fields["stop"])

@@ -1,6 +1,6 @@
 """Requests that no batch can take: drafts, quantised and rotating caches. Each by itself."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from parscale_mlx.engine.mlx_lm_parts import (
@@ -27,7 +27,7 @@ class Solo:
     def __init__(self, work: Work, row: Row, draft: Model | None):
         self.work, self.row, self.draft = work, row, draft
         self.model: Any = work.model if work.streams == 1 else LogitsAndWeights(work.model)
-        self.tokens: Iterator | None = None
+        self.tokens: Generator[tuple[Any, ...], None, None] | None = None
         self.caches, self.held = work.caches_for(row)
         count = len(work.model.layers)
         if draft is not None and len(self.caches) == count:
@@ -56,7 +56,7 @@ class Solo:
 
     def close(self) -> None:
         if self.tokens is not None:
-            self.tokens.close()  # type: ignore[attr-defined]  # a generator
+            self.tokens.close()
 
     def _prefill(self) -> bool:
         """Compute a part of the prompt, but for its last token; False if there is none left."""
@@ -79,7 +79,7 @@ class Solo:
         self.caches = self.own + self.drafts
         return True
 
-    def _generate(self) -> Iterator:
+    def _generate(self) -> Generator[tuple[Any, ...], None, None]:
         row, request = self.row, self.row.request
         prompt = mx.array(row.prompt[-1:], mx.uint32)
         if len(row.prompt) > 1:

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from parscale_mlx.cache import Cache
 from parscale_mlx.engine.kept import KeptCaches
 from parscale_mlx.engine.row import Row
 from parscale_mlx.engine.sampling import Sampler, make_sampler
@@ -50,7 +51,7 @@ class Work:
         draft = row.request.draft
         return self.streams, None if draft == "ngram" else draft
 
-    def caches_for(self, row: Row) -> tuple[list, int]:
+    def caches_for(self, row: Row) -> tuple[list[Cache], int]:
         """Caches to answer a request with, and how many of its prompt's tokens they hold."""
         caches, held = self.kept.take(self.key(row), row.prompt)
         row.state.cached_tokens = held
@@ -58,7 +59,7 @@ class Work:
             caches = self.model.make_cache(self.cache.max_size)
         return caches, held
 
-    def keep(self, row: Row, caches: list, tokens: list[int]) -> None:
+    def keep(self, row: Row, caches: list[Cache], tokens: list[int]) -> None:
         # What is not a number would spoil later answers.
         if not row.failed:
             self.kept.keep(self.key(row), caches, tokens)

@@ -192,8 +192,8 @@ def shard_model(model: Model, parallel: Parallel) -> None:
             shard_inplace(linear, "all-to-sharded", group=tensor)
         for linear in (mlp.gate_proj, mlp.up_proj):
             shard_inplace(linear, "all-to-sharded", group=tensor)
-        attention.o_proj = SummedLinear(attention.o_proj, parallel)
-        mlp.down_proj = SummedLinear(mlp.down_proj, parallel)
+        attention.update_modules({"o_proj": SummedLinear(attention.o_proj, parallel)})
+        mlp.update_modules({"down_proj": SummedLinear(mlp.down_proj, parallel)})
         attention.n_heads //= tensor.count
         attention.n_kv_heads //= tensor.count
 

@@ -2,10 +2,13 @@
 
 import hashlib
 from functools import lru_cache
+from typing import TypeVar
 
 from parscale_mlx.training.documents import Document
 
 import numpy as np
+
+T = TypeVar("T")
 
 ROUND_TO = 32  # lengths that batches are padded to, so that few shapes occur
 
@@ -40,7 +43,7 @@ def bound(documents: list[Document], seq_length: int, *, truncate: bool) -> list
     return bounded
 
 
-def split(items: list, share: float) -> tuple[list, list]:
+def split(items: list[T], share: float) -> tuple[list[T], list[T]]:
     """Evenly spaced items held out from the rest: training, held out."""
     step = round(1 / share)
     return [x for n, x in enumerate(items) if n % step != step - 1], items[step - 1 :: step]

@@ -28,7 +28,7 @@ class Document:
 
 
 def read_documents(
-    paths: list[str], tokenizer, *, pattern: str = "*", mask_prompt: bool = True
+    paths: list[str], tokenizer: Any, *, pattern: str = "*", mask_prompt: bool = True
 ) -> list[Document]:
     """Read training data.
 
@@ -63,7 +63,7 @@ def valid_beside(paths: list[str]) -> list[str]:
     return [str(file) for file in files if file.is_file()]
 
 
-def _read(path: str, tokenizer, pattern: str, mask_prompt: bool) -> list[Document]:
+def _read(path: str, tokenizer: Any, pattern: str, mask_prompt: bool) -> list[Document]:
     file = Path(path).expanduser()
     if (file / "train.jsonl").is_file():
         file = file / "train.jsonl"
@@ -80,7 +80,7 @@ def _read(path: str, tokenizer, pattern: str, mask_prompt: bool) -> list[Documen
     return _encode([{"text": text}], [str(file)], tokenizer, mask_prompt)
 
 
-def _read_folder(folder: Path, tokenizer, pattern: str) -> list[Document]:
+def _read_folder(folder: Path, tokenizer: Any, pattern: str) -> list[Document]:
     texts, names = [], []
     for file in sorted(folder.rglob(pattern)):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -94,7 +94,7 @@ def _read_folder(folder: Path, tokenizer, pattern: str) -> list[Document]:
     return _encode(texts, names, tokenizer, False)
 
 
-def _read_lines(file: Path, tokenizer, mask_prompt: bool) -> list[Document]:
+def _read_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> list[Document]:
     lines = read_lines(file)
     for place, record in lines:
         if not isinstance(record, dict):
@@ -103,7 +103,7 @@ def _read_lines(file: Path, tokenizer, mask_prompt: bool) -> list[Document]:
     return _encode(records, names, tokenizer, mask_prompt)
 
 
-def _read_hub(name: str, tokenizer, mask_prompt: bool) -> list[Document]:
+def _read_hub(name: str, tokenizer: Any, mask_prompt: bool) -> list[Document]:
     check_data_set(name)
     try:
         train, _, _ = load_hf_dataset(name, tokenizer, SimpleNamespace(mask_prompt=mask_prompt))
@@ -118,7 +118,9 @@ def _read_hub(name: str, tokenizer, mask_prompt: bool) -> list[Document]:
     return [_process(train, train[n], f"{name}, row {n}") for n in range(len(train))]
 
 
-def _encode(records: list[dict], names: list[str], tokenizer, mask_prompt: bool) -> list[Document]:
+def _encode(
+    records: list[dict[str, Any]], names: list[str], tokenizer: Any, mask_prompt: bool
+) -> list[Document]:
     if not records:
         return []
     sample = records[0]
@@ -137,7 +139,7 @@ def _encode(records: list[dict], names: list[str], tokenizer, mask_prompt: bool)
     ]
 
 
-def _process(dataset: Any, record: dict, name: str) -> Document:
+def _process(dataset: Any, record: dict[str, Any], name: str) -> Document:
     try:
         tokens, prompt = dataset.process(record)
     except Exception as error:  # whatever tokenizer and template make of a record of another form
@@ -146,7 +148,7 @@ def _process(dataset: Any, record: dict, name: str) -> Document:
 
 
 def _encode_untemplated(
-    records: list[dict], names: list[str], tokenizer, mask_prompt: bool
+    records: list[dict[str, Any]], names: list[str], tokenizer: Any, mask_prompt: bool
 ) -> list[Document]:
     documents = []
     for record, name in zip(records, names, strict=True):

@@ -216,7 +216,7 @@ def _report_train(run: Run, norm: float, seconds: float, callback: TrainingCallb
     )
 
 
-def _report_valid(evaluate: Callable, step: int, callback: TrainingCallback) -> float:
+def _report_valid(evaluate: Callable[[], float], step: int, callback: TrainingCallback) -> float:
     begin = time.perf_counter()
     loss = evaluate()
     seconds = time.perf_counter() - begin

@@ -1,6 +1,7 @@
 """Loss curves of runs in one picture."""
 
 from pathlib import Path
+from typing import Any
 
 from parscale_mlx.training.metrics_file import read_metrics
 
@@ -32,7 +33,7 @@ def plot(runs: list[Path], output: Path, *, force: bool = False) -> None:
     save(figure, output, dpi=150)
 
 
-def _draw(axes, run: Path) -> None:
+def _draw(axes: Any, run: Path) -> None:
     records = read_metrics(run)
     trained = [(r["iteration"], r["train_loss"]) for r in records if "train_loss" in r]
     held_out = [(r["iteration"], r["val_loss"]) for r in records if "val_loss" in r]

@@ -30,24 +30,24 @@ class Metrics(TrainingCallback):
         new.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         new.replace(self.file)
 
-    def on_train_loss_report(self, train_info: dict) -> None:
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         self._write(train_info)
         for other in self.others:
             other.on_train_loss_report(train_info)
 
-    def on_val_loss_report(self, val_info: dict) -> None:
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         self._write(val_info)
         for other in self.others:
             other.on_val_loss_report(val_info)
 
-    def _write(self, record: dict) -> None:
+    def _write(self, record: dict[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
 
 
-def read_metrics(run: Path) -> list[dict]:
+def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The records of a run's ``metrics.jsonl``; a last line that was cut short is left out.
 
     Raises:

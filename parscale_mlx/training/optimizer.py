@@ -12,6 +12,7 @@ from parscale_core.checkpoint.names import is_prefix, is_stream_tensor
 from parscale_core.train_settings import TrainSettings
 
 BETAS = [0.9, 0.95]
+Belongs = Callable[[str, mx.array], bool]
 
 
 def make_optimizer(settings: TrainSettings, start: Start) -> optim.MultiOptimizer:
@@ -22,12 +23,12 @@ def make_optimizer(settings: TrainSettings, start: Start) -> optim.MultiOptimize
     streams_lr = settings.lr if settings.streams_lr is None else settings.streams_lr
     aggregator_lr = streams_lr if settings.aggregator_lr is None else settings.aggregator_lr
     # A weight belongs to the first group that it fits.
-    streams: list[tuple[Callable, float, float]] = [
+    streams: list[tuple[Belongs, float, float]] = [
         (lambda name, w: _makes_prefixes(name), streams_lr, 0.0),
         (lambda name, w: _is_streams(name) and _is_matrix(w), aggregator_lr, 1.0),
         (lambda name, w: _is_streams(name), aggregator_lr, 0.0),
     ]
-    backbone: list[tuple[Callable, float, float]] = [
+    backbone: list[tuple[Belongs, float, float]] = [
         (lambda name, w: not _is_streams(name) and _is_matrix(w), settings.lr, 1.0),
         (lambda name, w: not _is_streams(name), settings.lr, 0.0),
     ]

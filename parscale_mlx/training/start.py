@@ -40,7 +40,7 @@ class Start:
     """
 
     model: Model
-    config: dict
+    config: dict[str, Any]
     folder: Path
     backbone_sha256: str | None = None
     encoder: PrefixEncoder | None = None
@@ -139,7 +139,9 @@ def _from_nothing(folder: Path, settings: TrainSettings) -> Start:
     return Start(model, config, folder)
 
 
-def _graft(settings: TrainSettings, model: Model, config: dict, documents: list[Document]) -> dict:
+def _graft(
+    settings: TrainSettings, model: Model, config: dict[str, Any], documents: list[Document]
+) -> dict[str, Any]:
     """Give a plain model streams, in place; its new configuration."""
     streams, tokens = settings.streams or 1, settings.prefix_length
     config = grafted_config(config | {"parscale_attn_smooth": settings.smoothing}, streams=streams,

@@ -1,10 +1,10 @@
 """One training step, the held-out loss, and the batches they take."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from parscale_mlx.cross_entropy import cross_entropy
 from parscale_mlx.model import Model, TransformerBlock
@@ -20,9 +20,15 @@ from mlx.utils import tree_map
 from mlx_lm.tuner.trainer import grad_checkpoint
 from parscale_core.train_settings import TrainSettings
 
+F = TypeVar("F", bound=Callable[..., Any])
+# Tokens [B, L + 1], and which predictions count [B, L].
+Batch = tuple[mx.array, mx.array]
+# From micro-batches to the summed loss, the count, and the gradients' norm.
+Step = Callable[[Iterable[Batch]], tuple[float, float, float]]
 
-def make_step(start: Start, optimizer: optim.Optimizer, clip: float) -> Callable:
-    """A function from micro-batches to the summed loss, the count, and the gradients' norm.
+
+def make_step(start: Start, optimizer: optim.Optimizer, clip: float) -> Step:
+    """The function of one training step.
 
     Losses are summed and divided once by how many predictions count in the whole batch, so that
     how it is cut into micro-batches and machines makes no difference.
@@ -37,18 +43,18 @@ def make_step(start: Start, optimizer: optim.Optimizer, clip: float) -> Callable
     value_and_grad = nn.value_and_grad(model, summed_loss)
 
     @partial(_compiled, inputs=state, outputs=state)
-    def gradients_of(tokens, counts):
+    def gradients_of(tokens: mx.array, counts: mx.array) -> Any:
         return value_and_grad(model, tokens, counts)
 
     @partial(_compiled, inputs=state, outputs=state)
-    def update(gradients, count):
+    def update(gradients: Any, count: mx.array) -> mx.array:
         scale = data_parallel.size() / count
         gradients = tree_map(lambda g: g * scale, average_gradients(gradients))
         gradients, norm = optim.clip_grad_norm(start.gradients(gradients), clip or math.inf)
         start.update(optimizer.apply_gradients(gradients, start.weights()))
         return norm
 
-    def step(micro_batches) -> tuple[float, float, float]:
+    def step(micro_batches: Iterable[Batch]) -> tuple[float, float, float]:
         gradients: Any = None
         loss, count = mx.array(0.0), mx.array(0.0)
         for tokens, counts in micro_batches:
@@ -65,12 +71,12 @@ def make_step(start: Start, optimizer: optim.Optimizer, clip: float) -> Callable
     return step
 
 
-def make_evaluation(model: Model, valid: list[Document], batch_size: int) -> Callable:
+def make_evaluation(model: Model, valid: list[Document], batch_size: int) -> Callable[[], float]:
     """A function that computes the mean loss of the held-out sequences, in nats a token."""
     own = valid[data_parallel.rank() :: data_parallel.size()]
 
     @partial(_compiled, inputs=[model.state])
-    def losses_of(tokens, counts):
+    def losses_of(tokens: mx.array, counts: mx.array) -> tuple[mx.array, mx.array]:
         return summed_loss(model, tokens, counts)
 
     def evaluate() -> float:
@@ -86,9 +92,7 @@ def make_evaluation(model: Model, valid: list[Document], batch_size: int) -> Cal
     return evaluate
 
 
-def micro_batches(
-    settings: TrainSettings, documents: list[Document], step: int
-) -> Iterator[tuple[mx.array, mx.array]]:
+def micro_batches(settings: TrainSettings, documents: list[Document], step: int) -> Iterator[Batch]:
     size = settings.batch_size
     for n in range(step * settings.accumulate, (step + 1) * settings.accumulate):
         indices = batches.batch_indices(n, size, len(documents), settings.seed)
@@ -115,6 +119,9 @@ def summed_loss(model: Model, tokens: mx.array, counts: mx.array) -> tuple[mx.ar
     return (losses * counts).sum(), counts.sum()
 
 
-def _compiled(function: Callable, **captured) -> Callable:
+def _compiled(function: F, **captured: Any) -> F:
     # On the CPU a C++ compiler would be needed, and a minute of its time before the first step.
-    return function if mx.default_device() == mx.cpu else mx.compile(function, **captured)
+    if mx.default_device() == mx.cpu:
+        return function
+    compiled: Any = mx.compile(function, **captured)
+    return compiled

@@ -2,13 +2,15 @@
 
 import sys
 import time
+from typing import Any
 
 from mlx_lm.tuner.callbacks import TrainingCallback
+from parscale_core.progress import hidden
 from tqdm import tqdm
 
 
 class Progress(TrainingCallback):
-    """A bar where standard error is a terminal, and a line for each report where it is not.
+    """A bar where standard error is a terminal that can draw one, else a line for each report.
 
     Args:
         step, steps: steps done before, and in the end.
@@ -19,8 +21,8 @@ class Progress(TrainingCallback):
         self.shown, self.steps = shown, steps
         self.first, self.began = step, time.monotonic()
         self.valid = ""
-        hidden = not shown or not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=step, desc="Training", unit="step", disable=hidden)
+        lines = hidden(shown) or not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=step, desc="Training", unit="step", disable=lines)
 
     def advance(self) -> None:
         self.bar.update()
@@ -28,7 +30,7 @@ class Progress(TrainingCallback):
     def close(self) -> None:
         self.bar.close()
 
-    def on_train_loss_report(self, train_info: dict) -> None:
+    def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
         text = (
             f"loss {train_info['train_loss']:.4f}{self.valid}, "
             f"{train_info['tokens_per_second']:,.0f} tokens/s, "
@@ -41,7 +43,7 @@ class Progress(TrainingCallback):
             left = tqdm.format_interval(seconds * (self.steps - step))
             print(f"step {step} of {self.steps}: {text}, {left} left", file=sys.stderr, flush=True)
 
-    def on_val_loss_report(self, val_info: dict) -> None:
+    def on_val_loss_report(self, val_info: dict[str, Any]) -> None:
         self.valid = f", held out {val_info['val_loss']:.4f}"
         if self.shown and self.bar.disable:
             print(f"step {val_info['iteration']} of {self.steps}{self.valid}", file=sys.stderr)

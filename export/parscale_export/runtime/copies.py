@@ -1,6 +1,7 @@
 """Copies between KV caches, made by onnxruntime where they lie: nothing goes through the host."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,7 +32,7 @@ class RowCopier:
         self.element_type = onnx.TensorProto.FLOAT if is_float32 else onnx.TensorProto.FLOAT16
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        providers: list = [CPU]
+        providers: list[Any] = [CPU]
         if provider == CUDA:
             providers.insert(0, (CUDA, cuda_options(device[1], cuda_graph=False)))
         graph = _graph(buffers, self.element_type).SerializeToString()
@@ -92,7 +93,7 @@ def _graph(buffers: int, element_type: int) -> onnx.ModelProto:
         constants.append(ir.Value(name=name, const_value=ir.tensor(np.array(value), name=name)))
         return constants[-1]
 
-    def b(op: str, *inputs: ir.Value, **attributes) -> ir.Value:
+    def b(op: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         nodes.append(ir.node(op, inputs, attributes))
         nodes[-1].outputs[0].name = f"value{len(nodes)}"
         return nodes[-1].outputs[0]

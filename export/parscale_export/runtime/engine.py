@@ -62,7 +62,7 @@ class OnnxEngine:
         self._rows: list[RequestRow] = []  # all that are not answered yet
         # Requests for exports that are still being opened.
         self._held: dict[int, list[RequestRow]] = {}
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="parscale engine", daemon=True)

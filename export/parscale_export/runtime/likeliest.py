@@ -1,6 +1,7 @@
 """The likeliest token of each row, found where the logits lie: eight bytes a row go to the host."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ class Likeliest:
     ):
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        providers: list = [CPU]
+        providers: list[Any] = [CPU]
         if provider == CUDA:
             providers.insert(0, (CUDA, cuda_options(device[1], cuda_graph=False)))
         graph = _graph(ir.DataType.from_numpy(np.dtype(dtype))).SerializeToString()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -175,7 +175,7 @@ class OnnxModel:
         stop_tokens: Sequence[int] | None = None,
         callback: Callable[[Token], None] | None = None,
         seed: int | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> list[list[int]]:
         """Generate for a batch of prompts (token ids, of any lengths); greedy by default.
 
@@ -209,7 +209,7 @@ class OnnxModel:
         *,
         stop_tokens: Sequence[int] | None = None,
         seed: int | None = None,
-        **sampling,
+        **sampling: Any,
     ) -> Iterator[Token]:
         """Generate as ``generate`` does, yielding tokens as they come."""
         if not prompts or max_tokens < 1:

@@ -19,7 +19,7 @@ def open_engine(
     streams: int | None = None,
     slots: int = 16,
     kept_bytes: int = 1 << 30,
-    **options,
+    **options: Any,
 ) -> OnnxEngine:
     """An engine over all graphs of an export's folder, or over one .onnx file.
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx
 import onnxruntime as ort
@@ -284,7 +284,7 @@ def open_session(
         options.intra_op_num_threads = threads
     for tensor, value in (weights or {}).items():
         options.add_initializer(tensor, value)
-    providers: list = [CPU]
+    providers: list[Any] = [CPU]
     if name == CUDA:
         # Some of its warnings, about what is sound here, come from no session and know no options.
         ort.set_default_logger_severity(ONLY_ERRORS)
