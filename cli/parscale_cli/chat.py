@@ -1,5 +1,6 @@
 """``parscale chat``: a conversation in the terminal."""
 
+import os
 import select
 import signal
 import sys
@@ -112,7 +113,7 @@ def _line_editor() -> Callable[[], str | None]:
     with suppress(ImportError):
         import readline
 
-        if "libedit" not in (readline.__doc__ or ""):
+        if "libedit" not in (readline.__doc__ or "") and os.environ.get("TERM") != "dumb":
             readline.parse_and_bind("set enable-bracketed-paste on")
     return _read_message
 

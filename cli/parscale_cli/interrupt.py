@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ import click
 from parscale_core.checkpoint import output
 
 # Longer than an orderly end takes; within it, compiled code may not come back to Python at all.
-PATIENCE = 1.5  # seconds
+PATIENCE = 1.4  # seconds
+GRACE = 0.3  # seconds that leaving takes at most, where Python can
 KEPT = {
     "generate": "what is printed is the whole result",
     "chat": "the conversation is not kept",
@@ -44,20 +46,26 @@ def ends_in_time(command: str | None) -> Iterator[None]:
 def _watched(line: str) -> Iterator[None]:
     """Have another process end this one where it does not end itself in time after Ctrl-C.
 
-    A thread could not: compiled code may hold the interpreter's lock for as long as it computes.
-    The signal itself writes to the pipe that the other process reads.
+    It asks a thread here to leave with the code for it. Where that cannot, since compiled code
+    holds the interpreter's lock for as long as it computes, it kills this process. The signal
+    itself writes to the pipe that the other process reads.
     """
     # A copy is safe only of a process that runs this alone, as that of a person's command does.
     if sys.platform == "win32" or threading.active_count() > 1 or "mlx.core" in sys.modules:
         yield
         return
     ours, theirs = os.pipe()
+    asked, ask = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(theirs)
+        os.close(asked)
         with suppress(BaseException):
-            _watch(ours, theirs, line)
+            _watch(ours, ask, line)
         os._exit(0)
     os.close(ours)
+    os.close(ask)
+    threading.Thread(target=_leave_when_asked, args=(asked,), daemon=True).start()
     os.set_blocking(theirs, False)
     before = signal.set_wakeup_fd(theirs, warn_on_full_buffer=False)
 
@@ -77,9 +85,14 @@ def _watched(line: str) -> Iterator[None]:
             os.waitpid(child, 0)
 
 
-def _watch(pipe: int, other_end: int, line: str) -> None:
+def _leave_when_asked(pipe: int) -> None:
+    if os.read(pipe, 1):
+        os._exit(CODE)
+    os.close(pipe)  # the other process is gone
+
+
+def _watch(pipe: int, ask: int, line: str) -> None:
     """What the other process does, until the first one is done or dead."""
-    os.close(other_end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent, interrupt = os.getppid(), bytes([signal.SIGINT])
     folders: list[str] = []
@@ -96,7 +109,10 @@ def _watch(pipe: int, other_end: int, line: str) -> None:
         if ready or os.getppid() != parent:
             return
         os.write(2, f"\r{line}\n".encode())
-        os.kill(parent, signal.SIGKILL)
+        os.write(ask, b"1")
+        time.sleep(GRACE)
+        if os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
         return

@@ -31,7 +31,7 @@ def waiting(what: str, *, shown: bool = True) -> Iterator[None]:
         yield
     finally:
         if shown:
-            click.echo("\r\x1b[K", nl=False, err=True)
+            click.echo(f"\r{' ' * len(what)}    \r", nl=False, err=True)
 
 
 def after_the_first(pieces: Iterator[Piece], *, shown: bool) -> Iterator[Piece]:
@@ -118,8 +118,9 @@ def tint(text: str, stream: int) -> str:
 
 
 def legend(streams: int) -> str:
-    """One line that says which colour is which stream."""
-    return "streams: " + " ".join(tint(str(n), n) for n in range(1, streams + 1))
+    """One line that says which colour is which stream, where there are colours."""
+    numbers = map(str, range(1, streams + 1))
+    return "streams: " + " ".join(tint(n, int(n)) if in_colour() else n for n in numbers)
 
 
 def print_text(answers: list[Iterator[Piece]], beginnings: list[str]) -> None:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from helpers.onnx_cases import GOLDEN, LAYOUTS, OPERATORS, GenericRuntime, batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from parscale_export import OnnxModel, export_onnx
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 0.05}
@@ -100,3 +102,33 @@ def test_last_logits_alone_are_the_last_of_all(tmp_path, kv_layout, ops, side):
         assert model.generate(batch.prompts, max_tokens=12) == batch.tokens.tolist()
     with pytest.raises(ValueError, match="all_logits"):
         model.logits([1, 2])
+
+
+@pytest.fixture(scope="module", params=[(k, o) for k in LAYOUTS for o in OPERATORS], ids="-".join)
+def runtime(request, tmp_path_factory) -> tuple[GenericRuntime, int]:
+    """P=4 in a runtime of others, and how many rows of its cache a sequence has."""
+    kv_layout, ops = request.param
+    folder = tmp_path_factory.mktemp("padding") / "out"
+    export_onnx(GOLDEN / "p4", folder, kv_layout=kv_layout, ops=ops, all_logits=True)
+    return GenericRuntime(folder / "model.onnx"), 4 if kv_layout == "batch" else 1
+
+
+TOKENS = st.lists(st.integers(0, 319), min_size=1, max_size=12)
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.lists(st.tuples(TOKENS, st.integers(0, 4)), min_size=1, max_size=4), data=st.data())
+def test_padding_of_any_kind_on_any_side_changes_nothing(runtime, rows, data):
+    runtime, cache_rows = runtime
+    length = max(len(tokens) + left for tokens, left in rows)
+    padding = data.draw(st.integers(0, 319))
+    ids, mask = np.full((len(rows), length), padding), np.zeros((len(rows), length), np.int64)
+    for n, (tokens, left) in enumerate(rows):
+        ids[n, left : left + len(tokens)] = tokens
+        mask[n, left : left + len(tokens)] = 1
+    following = np.array([data.draw(st.integers(0, 319)) for _ in rows])[:, None]
+    runtime.start(len(rows) * cache_rows)
+    logits, then = runtime.step(ids, mask), runtime.step(following)
+    for n, (tokens, _) in enumerate(rows):
+        alone = runtime.start(cache_rows).step([[*tokens, following[n, 0]]])[0]
+        assert far(np.concatenate([logits[n][mask[n] == 1], then[n]]), alone) < 1e-4

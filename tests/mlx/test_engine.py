@@ -14,6 +14,8 @@ import pytest
 from helpers.byte_tokenizers import BYTES, SCRIPTS, decoded
 from helpers.golden_cases import GOLDEN, load_golden
 from helpers.tiny_models import write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -77,6 +79,34 @@ def test_logprobs_and_stream_weights(engine, p4, draft):
             assert piece.logprob == pytest.approx(told[piece.token], abs=1e-4)
             assert [top.token for top in piece.top_logprobs] == np.argsort(-told)[:3].tolist()
         assert any(p.drafted for p in pieces) <= (draft is not None)
+
+
+@st.composite
+def any_request(draw) -> Request:
+    prompt = draw(st.lists(st.integers(0, 319), min_size=1, max_size=40))
+    sampling = Sampling(
+        max_tokens=draw(st.integers(1, 6)),
+        temperature=draw(st.sampled_from([0.0, 0.0, 1.0])),
+        seed=draw(st.integers(0, 9)),
+    )
+    streams = draw(st.sampled_from([2, 4]))
+    return Request(prompt, sampling=sampling, streams=streams, logprobs=0, ignore_end=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(asked=st.lists(any_request(), min_size=1, max_size=5))
+def test_rows_of_any_lengths_each_get_what_they_get_alone(engine, asked):
+    together = [list(handle) for handle in [engine.submit(request) for request in asked]]
+    for request, pieces in zip(asked, together, strict=True):
+        answer = [piece.token for piece in pieces]
+        assert len(answer) == request.sampling.max_tokens
+        whole = mx.array([[*request.prompt, *answer[:-1]]])
+        logits = engine.models[request.streams](whole)[0, len(request.prompt) - 1 :]
+        logprobs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        expected = logprobs[range(len(answer)), answer]
+        assert np.allclose([piece.logprob for piece in pieces], expected, atol=1e-4)
+        if request.sampling.temperature == 0:
+            assert (logprobs.max(axis=-1) - expected < 1e-4).all()
 
 
 def test_rows_in_many_scripts_have_each_its_own_text(engine):
