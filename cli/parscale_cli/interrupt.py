@@ -33,17 +33,21 @@ DONE = b"d"
 def ends_in_time(command: str | None) -> Iterator[None]:
     """Turn Ctrl-C into one line and exit code 130, within two seconds."""
     line = f"Interrupted: {KEPT.get(command or '', NOTHING)}"
-    watched = _watched(line) if command not in HANDLED else nullcontext()
-    with watched:
+    watched = _watched(line) if command not in HANDLED else nullcontext(False)
+    with watched as is_own_process:
         try:
             yield
         except KeyboardInterrupt:
             click.echo(line, err=True)
+            if is_own_process:  # to take all libraries down would take longer than that
+                with suppress(OSError):
+                    sys.stdout.flush()
+                os._exit(CODE)
             raise click.exceptions.Exit(CODE) from None
 
 
 @contextmanager
-def _watched(line: str) -> Iterator[None]:
+def _watched(line: str) -> Iterator[bool]:
     """Have another process end this one where it does not end itself in time after Ctrl-C.
 
     It asks a thread here to leave with the code for it. Where that cannot, since compiled code
@@ -52,7 +56,7 @@ def _watched(line: str) -> Iterator[None]:
     """
     # A copy is safe only of a process that runs this alone, as that of a person's command does.
     if sys.platform == "win32" or threading.active_count() > 1 or "mlx.core" in sys.modules:
-        yield
+        yield False
         return
     ours, theirs = os.pipe()
     asked, ask = os.pipe()
@@ -74,7 +78,7 @@ def _watched(line: str) -> Iterator[None]:
 
     output.on_working_folder = tell
     try:
-        yield
+        yield True
     finally:
         signal.set_wakeup_fd(before)
         output.on_working_folder = None

@@ -152,7 +152,9 @@ def check_answer(request: Request, pieces, one_pass: OnePass) -> None:
             assert piece.token == logprobs[n].argmax()
     whole = decoded(BYTES, answer)
     # Where an answer was left, a part of a character may not have been shown.
-    assert text(pieces) == whole or not pieces[-1].finish_reason and whole.startswith(text(pieces))
+    assert text(pieces) == whole or (
+        not pieces[-1].finish_reason and whole.startswith(text(pieces))
+    )
 
 
 def test_golden_answers_all_at_once(engine):
