@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
+from parscale_core.analysis.devices import DEVICES, Device
 from parscale_core.analysis.numbers import count
 
 from parscale_cli.options.command import argument, command, heading, option, refuse
@@ -12,11 +13,6 @@ from parscale_cli.options.common import check_plot, force_option, json_option, p
 from parscale_cli.options.types import OneOf, Real, Whole, WholeNumbers
 
 THIS = "this"
-DEVICES = (
-    "a100", "a100-40gb", "h100", "h100-pcie", "h200", "m1", "m1-pro", "m1-max", "m1-ultra",
-    "m2", "m2-pro", "m2-max", "m2-ultra", "m3", "m3-pro", "m3-max", "m3-ultra", "m4", "m4-pro",
-    "m4-max",
-)  # fmt: skip
 BITS = (2, 3, 4, 5, 6, 8, 16, 32)
 SIZES = ("0.5B", "0.7B", "1.1B", "1.6B", "2.8B", "4.4B")
 
@@ -158,13 +154,12 @@ def _model(model: str, options: dict):
 
 
 def _machine(name: str, precision, options: dict):
-    from parscale_core.analysis import devices
     from parscale_core.analysis.roofline import Machine
 
     if name == THIS:
         device, compute, bandwidth = _measure(precision.others), 100, 100
     else:
-        device, compute, bandwidth = devices.DEVICES[name], 70, 90
+        device, compute, bandwidth = DEVICES[name], 70, 90
     return Machine(
         device,
         (options["compute_share"] or compute) / 100,
@@ -176,7 +171,6 @@ def _measure(bits: int):
     from parscale_mlx import machine
 
     import mlx.core as mx
-    from parscale_core.analysis.devices import Device
 
     if mx.default_device() == mx.cpu and bits < 32:
         click.echo("parscale computes in float32 here; --weight-bits 32 counts that", err=True)

@@ -11,7 +11,6 @@ import pytest
 from helpers.tiny_models import GOLDEN, error_line
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
-from parscale_cli.cost import DEVICES as NAMED
 from parscale_cli.cost import SIZES
 from parscale_core.analysis import headline
 from parscale_core.analysis.devices import DEVICES
@@ -206,7 +205,6 @@ def test_the_paper_option(parscale):
 
 
 def test_names_are_in_step():
-    assert tuple(DEVICES) == NAMED
     assert tuple(PAPER_SHAPES) == SIZES
 
 
