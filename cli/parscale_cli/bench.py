@@ -100,23 +100,19 @@ def bench(ctx, model, shape, adapters, quantisations, modes, plot, force, as_jso
             if "streams" not in given(ctx):
                 options["streams"] = SHARED_P
             report = _measure_shares(backbone, modes, options)
-    else:
-        if quantisations == ("none",):
-            refuse(ctx, "needs --quantize", "group_size")
-        check_plot(plot, force=force)
-        backbone = _backbone(model, shape, adapters)
-        report = _measure(backbone, options | {"quantisations": quantisations})
+            click.echo(json.dumps(report)) if as_json else _print_shares(report)
+        return
+    if quantisations == ("none",):
+        refuse(ctx, "needs --quantize", "group_size")
+    check_plot(plot, force=force)
+    backbone = _backbone(model, shape, adapters)
+    report = _measure(backbone, options | {"quantisations": quantisations})
     if plot is not None:
         from parscale_core.analysis.bench_plot import draw
         from parscale_core.analysis.figures import save
 
         save(draw(report), plot)
-    if as_json:
-        click.echo(json.dumps(report))
-    elif modes is not None:
-        _print_shares(report)
-    else:
-        _print(report)
+    click.echo(json.dumps(report)) if as_json else _print(report)
 
 
 def _backbone(model: str | None, shape: Path | None, adapters: Sequence[Path]) -> "Backbone":

@@ -190,8 +190,8 @@ def test_a_pasted_text_is_one_message(model):
     assert process.stdout is not None
     answer = process.stdout.readline()  # to what was pasted, which has all been read by then
     os.write(main, b"/quit\n")
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    out, errors = process.stdout.read(), process.stderr.read()
+    assert process.wait(60) == 0, errors
     assert (answer + out).count("> ") == 2  # one for the message, one for /quit
 
 
