@@ -37,8 +37,9 @@ def one_line_errors(parameters: Sequence[click.Parameter] = ()) -> Iterator[None
 def explain(error: Exception, parameters: Sequence[click.Parameter] = ()) -> str:
     """What a person reads of an error: the file and the cause, with options as they are typed."""
     text = one_line(error, most=None)
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror.lower()}"
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f"{error.filename}: "
+        text = named + error.strerror.lower()
     elif isinstance(error, MemoryError):
         text = f"not enough memory{f' ({text})' if str(error) else ''}"
     elif isinstance(error, UnicodeError) and type(error) is not UnicodeError:

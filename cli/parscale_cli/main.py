@@ -22,6 +22,10 @@ from parscale_cli.verify import verify
 
 
 class _Commands(click.Group):
+    def make_context(self, *args, **settings):
+        with one_line_errors():  # --help writes, too
+            return super().make_context(*args, **settings)
+
     def invoke(self, ctx):
         with one_line_errors():
             return super().invoke(ctx)

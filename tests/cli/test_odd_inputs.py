@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.tiny_models import GOLDEN, error_line
@@ -96,8 +98,28 @@ def test_data_that_is_nowhere_fails_at_once(parscale, plain_model, tmp_path):
     assert not (tmp_path / "run").exists() and time.monotonic() - start < 10
 
 
-def test_a_full_disk_is_said_of_the_output(tmp_path):
-    for error in (OSError(errno.ENOSPC, "full"), RuntimeError("No space left on device")):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("command", [["--help"], ["cost", "--paper"]], ids=" ".join)
+def test_standard_output_on_a_full_disk(command):
+    code = "from parscale_cli.main import cli; cli()"
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code, *command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 1
+    assert result.stderr == "Error: no space left on device\n"
+
+
+def test_a_full_disk_is_said_of_the_output(tmp_path, monkeypatch):
+    full = SimpleNamespace(free=0)
+    monkeypatch.setattr("parscale_core.checkpoint.output.shutil.disk_usage", lambda _: full)
+    with pytest.raises(FileNotFoundError, match="no such model"), working_folder(tmp_path / "out"):
+        raise FileNotFoundError("no such model")
+    for error in (
+        OSError(errno.ENOSPC, "full"),
+        RuntimeError("No space left on device"),
+        OSError("20480 requested and 10496 written"),  # numpy's
+    ):
         with (
             pytest.raises(OSError, match="No space left") as raised,
             working_folder(tmp_path / "out"),

@@ -17,6 +17,13 @@ COMMANDS = (
 )
 
 
+def a_terminal() -> tuple[int, int]:
+    """A pseudo-terminal of 40 lines and 100 columns: the end to read and write, and a program's."""
+    read, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    return read, end
+
+
 def on_a_terminal(*commands: Sequence[object], typed: Sequence[str] = (), **environment: str):
     """Run commands in one process, with standard output and standard error on terminals.
 
@@ -29,9 +36,7 @@ def on_a_terminal(*commands: Sequence[object], typed: Sequence[str] = (), **envi
     """
     arguments = json.dumps([[str(word) for word in command] for command in commands])
     variables = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    (output, ours), (errors, theirs) = pty.openpty(), pty.openpty()
-    for end in (ours, theirs):
-        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    (output, ours), (errors, theirs) = a_terminal(), a_terminal()
     process = subprocess.Popen(
         [sys.executable, "-c", COMMANDS, arguments],
         stdin=ours, stdout=ours, stderr=theirs,

@@ -152,12 +152,13 @@ def _naming(output: Path, work: Path) -> Iterator[None]:
     """Where the disk cannot take what is written, say so of ``output``."""
     try:
         yield
-    except OSError as error:
-        own = error.filename is None or str(error.filename).startswith(str(work))
-        if own and error.errno in DISK:
-            raise OSError(error.errno, os.strerror(error.errno), str(output)) from error
-        raise
-    except Exception as error:  # of MLX, safetensors and onnx, which name neither file nor cause
+    except Exception as error:
+        if isinstance(error, OSError) and (error.errno or type(error) is not OSError):
+            own = error.filename is None or str(error.filename).startswith(str(work))
+            if own and error.errno in DISK:
+                raise OSError(error.errno, os.strerror(error.errno), str(output)) from error
+            raise
+        # MLX, safetensors, onnx and numpy name neither file nor cause.
         if "No space left" in str(error) or shutil.disk_usage(work).free < FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output)) from error
         raise
