@@ -39,18 +39,29 @@ def encode(
 
     Raises:
         ValueError: a system prompt or messages, but no chat template to put them in.
+        UnicodeError: bytes or halves of characters that are no text.
     """
     if not use_template or not tokenizer.chat_template:
         if system is not None or not isinstance(prompt, str):
             raise ValueError(
                 "system prompts and messages need a chat template, which this model lacks"
             )
-        return tokenizer.encode(prompt)
+        return tokenizer.encode(as_text(prompt))
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer.encode(text, add_special_tokens=False)
+    return tokenizer.encode(as_text(text), add_special_tokens=False)
+
+
+def as_text(text: str) -> str:
+    """The same, if it is one: a tokenizer's own error says nothing of that.
+
+    Raises:
+        UnicodeError: it has bytes or halves of characters.
+    """
+    text.encode()
+    return text
 
 
 def _prompt(place: str, value: Any) -> str | Messages:

@@ -9,6 +9,7 @@ from parscale_core.error_text import not_finite
 from parscale_cli.options.command import argument, command, heading, option
 from parscale_cli.options.common import FOLDER, check_option, json_option, provider_option
 from parscale_cli.options.types import Real, Whole
+from parscale_cli.prompts import as_text
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -140,7 +141,7 @@ def _token_ids(reference: _Reference, prompts: tuple[str, ...]) -> list[list[int
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(file))
-    return [ids for text in prompts or PROMPTS if (ids := tokenizer.encode(text).ids)]
+    return [ids for text in prompts or PROMPTS if (ids := tokenizer.encode(as_text(text)).ids)]
 
 
 def _compare(model, reference: _Reference, prompts: list[list[int]], tokens: int) -> dict:

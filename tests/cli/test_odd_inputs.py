@@ -90,6 +90,14 @@ def test_outputs_that_cannot_be_written(parscale, command, tmp_path):
     assert result.exit_code == 1 and "/x" in line and "work-" not in line
 
 
+@pytest.mark.parametrize("template", ["--chat-template", "--no-chat-template"])
+def test_bytes_that_are_no_text(parscale, model, template, tmp_path):
+    (lines := tmp_path / "prompts.jsonl").write_text('"half of a character: \\ud83d"')
+    for prompt in (["-p", "\udcff\udcfe"], ["--prompts-file", lines]):
+        result = parscale("generate", "--model", model, template, *prompt)
+        assert result.exit_code == 1 and "not text in UTF-8" in error_line(result)
+
+
 def test_data_that_is_nowhere_fails_at_once(parscale, plain_model, tmp_path):
     start = time.monotonic()
     run = ["train", "--stage", "streams", "--streams", 2, "--seq-length", 8]
