@@ -5,6 +5,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import parscale_mlx  # before mlx: it loads a fast BLAS
+
 import pytest
 from click.testing import CliRunner, Result
 from helpers.tiny_models import GOLDEN, write_tokenizer
@@ -47,7 +49,6 @@ def backbone(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def adapter(backbone, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("adapters") / "p4"
-    import parscale_mlx
     from parscale_mlx.adapter import save_adapter, take_streams
 
     from parscale_core.checkpoint.adapter import fingerprint
@@ -61,7 +62,6 @@ def adapter(backbone, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def adapter2(backbone, adapter, tmp_path_factory) -> Path:
     """The first two of those streams."""
-    import parscale_mlx
     from parscale_mlx.adapter import save_adapter
 
     folder = tmp_path_factory.mktemp("adapters") / "p2"
