@@ -62,7 +62,7 @@ class Plan:
 
 
 def plan(checkpoint: Checkpoint, sites: list[Site], progress: Progress | None = None) -> Plan:
-    """Choose for each site the alpha that leaves the smallest error, or a rotation.
+    """Choose for each site the alpha that leaves the smallest error, with a rotation or without.
 
     The error is the mean over the sampled rows of |error|^2 / |output|^2.
     """
@@ -72,19 +72,21 @@ def plan(checkpoint: Checkpoint, sites: list[Site], progress: Progress | None = 
             [checkpoint.tensor(f"{module}.weight").astype(np.float32) for module in site.modules]
         )
         x, expected = site.samples, site.samples @ weight.T
-        best, error = None, product_error(x, weight, expected)
-        for scales in _candidates(checkpoint, site, weight):
-            found = product_error(x / scales, weight * scales, expected)
-            if found < error:
-                best, error = scales, found
-        if weight.shape[1] % BLOCK == 0:
-            turned = product_error(rotate_blocks(x), rotate_blocks(weight), expected)
-            if turned < error * WORTH_ROTATING:
-                best, error = None, turned
-                rotated.update(site.modules)
+        can_rotate = weight.shape[1] % BLOCK == 0
+        ones = np.ones(weight.shape[1], np.float32)
+        choices = []
+        for scales in (ones, *_candidates(checkpoint, site, weight)):
+            rows, matrix = x / scales, weight * scales
+            choices.append((product_error(rows, matrix, expected), False, scales))
+            if can_rotate:
+                rows, matrix = rotate_blocks(rows), rotate_blocks(matrix)
+                choices.append((product_error(rows, matrix, expected), True, scales))
+        error, rotate, best = min(choices, key=lambda c: c[0] / WORTH_ROTATING if c[1] else c[0])
+        if rotate:
+            rotated.update(site.modules)
         if error > LARGEST_ERROR:
             kept.update(site.modules)
-        if best is not None:
+        if best is not ones:
             _fold(checkpoint, site, best, smoothing)
         if progress is not None:
             progress("smoothing", done, len(sites))

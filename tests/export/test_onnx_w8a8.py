@@ -102,6 +102,8 @@ def test_smoothing_keeps_the_function_and_helps(tmp_path):
     checkpoint = Checkpoint(folder)
     how = plan(checkpoint, observe(checkpoint, calibration_tokens(checkpoint, None), tmp_path))
     assert how.smoothing.factors and not how.kept
+    # Some products are both: smoothing for one large channel, a rotation for the rest.
+    assert {f"{module}.weight" for module in how.rotated} & set(how.smoothing.factors)
     scaled = {
         name: how.smoothing.apply(name, checkpoint.tensor(name)) for name in checkpoint.names()
     }
