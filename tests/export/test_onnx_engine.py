@@ -373,6 +373,23 @@ def test_other_numbers_of_streams_open_when_they_are_asked_for(tmp_path):
     engine.close()
 
 
+def test_an_export_that_cannot_be_opened_fails_its_own_requests(exports):
+    def fail() -> OnnxModel:
+        raise ValueError("damaged")
+
+    model = OnnxModel(exports(1))
+    with pytest.raises(ValueError, match="slots 0"):
+        OnnxEngine(model, BYTES, [], slots=0)
+    with OnnxEngine(model, BYTES, [], others={2: fail}) as engine:
+        batch = batches("p1")[0]
+        asked = [Request(batch.prompts[0], streams=n, sampling=TWELVE) for n in (2, 1, 2)]
+        first, own, last = [engine.submit(request) for request in asked]
+        assert tokens(own) == batch.tokens[0].tolist()
+        for handle in (first, last):
+            with pytest.raises(RuntimeError, match="streams 2: damaged"):
+                list(handle)
+
+
 def test_what_cannot_be_answered_is_refused_before_the_work(p1):
     for fields, match in (
         ({"prompt": []}, "prompt: has no tokens"),

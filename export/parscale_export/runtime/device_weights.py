@@ -8,7 +8,9 @@ import onnxruntime as ort
 from onnx.external_data_helper import ExternalDataInfo
 
 
-def upload(file: Path, device: tuple[str, int]) -> dict[str, ort.OrtValue]:
+def upload(
+    file: Path, device: tuple[str, int]
+) -> dict[str, ort.OrtValue]:  # pragma: no cover - on CUDA alone
     """The external tensors of a graph by name; one is in the host's memory at a time.
 
     Args:

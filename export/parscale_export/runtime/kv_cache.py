@@ -57,7 +57,7 @@ class Cache:
         return [_float32(value) for value in results]
 
 
-class FixedSteps:
+class FixedSteps:  # pragma: no cover - on CUDA alone
     """Steps of one token, always at the same addresses and of the same shapes.
 
     A CUDA graph needs that: the kernels of the first step are recorded and started together in each

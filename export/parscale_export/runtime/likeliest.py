@@ -11,7 +11,7 @@ import onnxruntime as ort
 from parscale_export.runtime.provider import CPU, CUDA, cuda_options
 
 
-class Likeliest:
+class Likeliest:  # pragma: no cover - on CUDA alone
     """A small graph beside a model's, on its device.
 
     Args:
@@ -52,7 +52,7 @@ class Likeliest:
         return choose
 
 
-def _graph(dtype: ir.DataType) -> onnx.ModelProto:
+def _graph(dtype: ir.DataType) -> onnx.ModelProto:  # pragma: no cover - on CUDA alone
     tape = ir.tape.Tape()
 
     def constant(value: list[int] | int, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:

@@ -59,7 +59,7 @@ def count_devices() -> int:
     return count.value
 
 
-def why_cuda_does_not_start() -> str | None:
+def why_cuda_does_not_start() -> str | None:  # pragma: no cover - on CUDA alone
     """What onnxruntime lacks for CUDA besides the device, and what brings it; None if nothing."""
     if Version(ort.__version__) < CUDA_SINCE:
         return (
@@ -70,7 +70,7 @@ def why_cuda_does_not_start() -> str | None:
     return f"{', '.join(missing)} cannot be loaded: {INSTALL}" if missing else None
 
 
-def missing_libraries() -> list[str]:
+def missing_libraries() -> list[str]:  # pragma: no cover - on CUDA alone
     """The libraries of CUDA that onnxruntime is linked with and that cannot be loaded here.
 
     Those of the system and of LD_LIBRARY_PATH come first, then those that pip installed.
@@ -84,7 +84,7 @@ def missing_libraries() -> list[str]:
     return [name for name in names if not _loads(name)]
 
 
-def _loads(library: str) -> bool:
+def _loads(library: str) -> bool:  # pragma: no cover - on CUDA alone
     try:
         ctypes.CDLL(library)
     except OSError:
