@@ -169,10 +169,9 @@ def _print(report: "Report", as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_dict()))
         return
-    click.echo(
-        f"{report.documents} documents, {report.windows} windows, {report.tokens} tokens scored; "
-        f"{report.level:.0%} intervals over {report.resampled}"
-    )
+    counted = {"document": report.documents, "window": report.windows, "token": report.tokens}
+    counts = ", ".join(f"{n} {noun}{'s' * (n != 1)}" for noun, n in counted.items())
+    click.echo(f"{counts} scored; {report.level:.0%} intervals over {report.resampled}")
     first = report.scores[0].streams
     width = 28
     head = f"{'P':>3}{'perplexity':>{width}}{'bits/byte':>11}"
