@@ -59,11 +59,11 @@ LLAMA = Marks("<|python_tag|>", is_bare=True)
 
 def marks_of(template: str) -> Marks:
     """What a chat template has stand around calls."""
-    for marks in (TAGS, MISTRAL, PHI):
-        if marks.start in template and marks.end in template:
+    for marks in (TAGS, MISTRAL):
+        if marks.start in template:
             return marks
     if GRANITE.start in template:
-        return GRANITE
+        return PHI if PHI.end in template else GRANITE
     return LLAMA if LLAMA.start in template or '"parameters": ' in template else TAGS
 
 
