@@ -106,7 +106,7 @@ def export_onnx(ctx, model, output, force, as_json, **options):
     parts = ("precision", "head_precision", "embedding_precision", "aggregator_precision")
     if options["target"] is None and not {options[name] for name in parts} - {None, *FLOATS}:
         refuse(ctx, "needs a quantised --precision", "block_size", "accuracy_level")
-    if options["precision"] != "w8a8" and (options["precision"] or options["target"] != "cpu"):
+    if (options["precision"] or PRESETS[options["target"]]["precision"]) != "w8a8":
         refuse(ctx, "needs --precision w8a8, or --target cpu without another", "calibrate")
     from parscale_core.progress import stages_bar
     from parscale_export import OnnxModel, export_onnx
